@@ -1,0 +1,85 @@
+"""Inputs for a model, made from its own signature and configuration: no tokenizer, no processor."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .images import Images, make_images
+from .shrink import FIRST_SPECIAL_ID, FIRST_TEXT_ID
+
+PAD_ID = 0
+
+
+def tiny_inputs(
+    model: PreTrainedModel,
+    *,
+    text_len: int,
+    images: Sequence[tuple[int, int]] = (),
+    batch: int = 1,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Random inputs ready for ``model(**inputs)`` and ``model.generate(**inputs)``.
+
+    Every row holds the given images (other pixels in each row) in the middle of random text; rows after the first
+    have less text and are padded on the left.
+
+    Args:
+        model: a model such as `tiny_model` builds.
+        text_len: text tokens of the first row, beside those of the images; at least 2.
+        images: height and width in pixels of each image of a row, rounded to what the model's patches allow; models
+            with a fixed image size ignore them.
+        batch: number of rows.
+        seed: seed of text and pixels.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` of shape (batch, sequence), and what the architecture wants for images:
+        ``pixel_values`` and, where needed, ``image_grid_thw``, ``mm_token_type_ids``, ``image_sizes`` and so on.
+
+    Raises:
+        ValueError: images for a model that takes none, or a text too short.
+    """
+    if text_len < 2:
+        raise ValueError(f"text_len is {text_len}: give at least 2 tokens.")
+    generator = torch.Generator().manual_seed(seed)
+    accepted = set(inspect.signature(model.forward).parameters)
+    block = make_images(model, list(images), batch, generator) if images else Images({}, [], -1)
+    rows = [_row(model, text_len - _shorter_by(b, text_len), block, generator) for b in range(batch)]
+    inputs = _pad_left(rows)
+    inputs |= _token_types(inputs["input_ids"], block.token_id, accepted, bool(images))
+    inputs |= block.tensors
+    return inputs
+
+
+def _shorter_by(row: int, text_len: int) -> int:
+    return min(2 * row + (row > 0), text_len - 2)
+
+
+def _row(model: PreTrainedModel, text_len: int, block: Images, generator: torch.Generator) -> torch.Tensor:
+    top = min(FIRST_SPECIAL_ID, model.config.get_text_config().vocab_size)
+    text = torch.randint(FIRST_TEXT_ID, top, (text_len,), generator=generator)
+    parts = [text[: text_len // 2]]
+    for tokens in block.tokens:
+        parts.append(tokens)
+    return torch.cat([*parts, text[text_len // 2 :]])
+
+
+def _pad_left(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), PAD_ID)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :] = row
+        mask[i, longest - len(row) :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _token_types(ids: torch.Tensor, token_id: int, accepted: set[str], images: bool) -> dict[str, torch.Tensor]:
+    if not images:
+        return {}
+    marks = (ids == token_id).int()
+    return {name: marks for name in ("mm_token_type_ids", "token_type_ids") if name in accepted}

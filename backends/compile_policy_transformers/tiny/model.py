@@ -1,0 +1,133 @@
+"""Tiny models with random weights, of any architecture of the installed Transformers."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import sys
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from .overrides import OVERRIDES
+from .shrink import FIRST_SPECIAL_ID, VOCAB, shrink
+
+GAIN = 1.5  # q and k of unit-variance inputs then give attention scores of deviation about 2: decided, not one-hot
+EMBEDDING_STD = 0.4
+
+
+def known_model_types() -> dict[str, str]:
+    """Model type to class name: image-text-to-text first, then audio and omni models, then causal language models."""
+    out: dict[str, str] = {}
+    for name in ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "CAUSAL_LM"):
+        mapping = getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES")
+        for model_type, cls in mapping.items():
+            out.setdefault(model_type, cls if isinstance(cls, str) else cls[0])
+    return out
+
+
+def tiny_model(model_type: str, *, seed: int = 0) -> PreTrainedModel:
+    """Build a small model of an architecture with random weights, without any download.
+
+    The default configuration is shrunk (two layers or one of each kind, width 64, 320 tokens) and the weights are
+    drawn large enough that a dropped mask or a blank picture changes the greedy tokens. Equal seeds give equal models.
+
+    Args:
+        model_type: Transformers' name of the architecture, such as ``"qwen2_5_vl"``.
+        seed: seed of the weights.
+
+    Returns:
+        The model in evaluation mode and float32, with a greedy generation configuration that never stops early.
+
+    Raises:
+        ValueError: the model type is unknown; the message names near matches.
+    """
+    cls = _model_class(model_type)
+    config = tiny_config(model_type)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = cls._from_config(config, dtype=torch.float32).eval()
+    _draw_weights(model, seed)
+    # a generated placeholder would ask for a picture that isn't there
+    special = list(range(FIRST_SPECIAL_ID, VOCAB))
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0, bos_token_id=1, suppress_tokens=special)
+    return model
+
+
+def tiny_config(model_type: str) -> PreTrainedConfig:
+    """The configuration that `tiny_model` builds from.
+
+    Raises:
+        ValueError: the model type is unknown.
+    """
+    cls = _model_class(model_type)
+    default = AutoConfig.for_model(model_type)
+    values = shrink(default.to_dict())
+    if "mrope_section" in inspect.getsource(sys.modules[cls.__module__]):
+        _set_mrope_sections(values)
+    for path, value in OVERRIDES.get(model_type, {}).items():
+        _assign(values, path, value)
+    return type(default).from_dict(values)
+
+
+def _model_class(model_type: str) -> Any:
+    known = known_model_types()
+    if model_type not in known:
+        near = difflib.get_close_matches(model_type, known, n=3, cutoff=0.5)
+        hint = f" Did you mean {', '.join(near)}?" if near else ""
+        raise ValueError(f"Unknown model type {model_type!r}.{hint}")
+    return getattr(transformers, known[model_type])
+
+
+def _assign(values: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for name in parents:
+        values = values[name]
+    values[last] = value
+
+
+def _set_mrope_sections(values: dict[str, Any]) -> None:
+    """Multimodal rotary embeddings split half the rotated dims in three; the defaults only fit a head_dim of 128."""
+    text = values.get("text_config", values)
+    rope = text.get("rope_parameters")
+    if rope is None:
+        return
+    head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    half = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
+    third = half * 3 // 8
+    rope["mrope_section"] = [half - 2 * third, third, third]
+
+
+@torch.no_grad()
+def _draw_weights(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Embedding)}
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        if parameter.ndim >= 2:
+            std = _std(parameter, embeddings.get(id(parameter)))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        elif _is_closed_gate(name, parameter):
+            # a gate that starts closed would hide the branch behind it from every comparison
+            parameter.copy_(0.5 + 0.1 * torch.randn(parameter.shape, generator=generator))
+        elif name.endswith("bias"):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def _std(parameter: torch.Tensor, embedding: nn.Embedding | None) -> float:
+    if embedding is not None:
+        scale = getattr(embedding, "embed_scale", 1.0)
+        return EMBEDDING_STD / max(float(scale), 1.0)
+    fan_in = parameter[0].numel() if parameter.ndim != 3 else parameter.shape[-1]
+    return GAIN / math.sqrt(max(fan_in, 1))
+
+
+def _is_closed_gate(name: str, parameter: torch.Tensor) -> bool:
+    tags = ("gate", "layer_scale", "lambda", "gamma", "alpha", "scale")
+    return any(tag in name.rsplit(".", 1)[-1] for tag in tags) and bool(parameter.abs().max() < 0.1)

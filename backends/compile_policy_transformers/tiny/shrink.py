@@ -1,0 +1,149 @@
+"""The rules that make a default configuration tiny.
+
+A rule is chosen by the *name* of a field, never by the architecture, so that an architecture nobody has listed is
+shrunk too. What the names do not tell stands in `overrides`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+VOCAB = 320
+FIRST_TEXT_ID, FIRST_SPECIAL_ID = 3, 256  # ordinary text is drawn from [3, 256), special tokens live above
+HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM = 64, 96, 4, 2, 16
+WINDOW = 8
+POSITIONS = 512
+
+_FIXED_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_TOKEN_FIELD = re.compile(r"(_token_id|_token_index|_token_ids|^im_(start|end|newline)_id|_patch_id|^codec_.*_id)$")
+_NOT_A_MODEL = {"id2label", "label2id"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Fields whose name matches ``pattern`` get ``value``; ``at_most`` keeps an original that is smaller."""
+
+    pattern: str
+    value: int
+    at_most: bool = True
+
+
+# The first match decides. Sizes that must agree between sub-configurations (text width, projector width, ...) all
+# get the same value, so that no rule has to know which field feeds which.
+RULES: tuple[Rule, ...] = (
+    Rule(r"^(vocab_size|vocab_size_per_layer_input|unpadded_vocab_size|mel_vocab_size)$", VOCAB, at_most=False),
+    Rule(r"^(num_hidden_layers|depth|(en|de)coder_layers|layers|num_layers|n_layers?|num_blocks)$", 2),
+    Rule(r"^(num_decoder_layers|num_global_layers|conf_num_hidden_layers|.*resampler_depth)$", 2),
+    Rule(r"^(moe_intermediate_size|.*shared_experts?_intermediate_size|share_expert_dim|expert_dim)$", HIDDEN // 2),
+    Rule(r"^(.*intermediate_size(_mlp)?|(en|de)coder_ffn_dim|ffn_dim|d_ff|mlp_dim|projection_hidden_dim)$", FFN),
+    Rule(r"^(hidden_size_per_layer_input|laurel_rank|.*lora_rank|hc_lowrank)$", 16),
+    Rule(r"^(linear_(key_|value_)?head_dim|qk_nope_head_dim|qk_rope_head_dim|ssm_state_size|d_rel)$", 8),
+    Rule(r"^(.*head_dim|dim_head|.*dim_head|d_kv|query_pre_attn_scalar|mamba_d_head)$", HEAD_DIM),
+    Rule(r"^(.*num_key_value_heads|num_kv_heads|linear_num_key_heads|n_groups|mamba_n_groups)$", KV_HEADS),
+    Rule(r"^(.*num_attention_heads|num_heads|n_heads?|.*attention_heads|.*_n_heads|resampler_heads)$", HEADS),
+    Rule(r"^(linear_num_(value_)?heads|mamba_num_heads|mamba_n_heads)$", HEADS),
+    Rule(r"^(num_(local_)?experts|n_routed_experts|moe_num_experts)$", 4),
+    Rule(r"^(num_experts_per_tok|moe_topk|moe_k|num_experts_per_token)$", 2),
+    Rule(r"^(n_group|topk_group|n_shared_experts|moe_num_shared_experts|first_k_dense_replace)$", 1),
+    Rule(r"^(hidden_size|hidden_dim|d_model|n_embd|embed_dim|out_hidden_size|.*_hidden_size|projection_dim)$", HIDDEN),
+    Rule(r"^(image_token_embed_dim|output_dim|word_embed_proj_dim|.*projector_(in|out)put_dim)$", HIDDEN),
+    Rule(r"^(sliding_window|sliding_window_size|attention_chunk_size)$", WINDOW),
+    Rule(r"^(num_position_embeddings|posemb_grid_size)$", 64),
+    Rule(r"^max_position_embeddings$", POSITIONS),
+    Rule(r"^(max_source_positions)$", 32),
+)
+
+
+@dataclass
+class _Tokens:
+    """Special tokens by original id: one id in two sub-configurations stays one id."""
+
+    used: dict[int, int]
+
+    def remap(self, name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self.remap(name, v) for v in value]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            return value
+        if name in _FIXED_IDS:
+            return _FIXED_IDS[name]
+        return self.used.setdefault(value, FIRST_SPECIAL_ID + len(self.used))
+
+
+def shrink(config: dict[str, Any]) -> dict[str, Any]:
+    """A tiny copy of ``config`` (the dictionary of a default configuration, sub-configurations included)."""
+    return _shrink(config, _Tokens({}))
+
+
+def _shrink(config: dict[str, Any], tokens: _Tokens) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    kept = _kept_layers(config)
+    for name, value in config.items():
+        if isinstance(value, dict):
+            out[name] = value if name in _NOT_A_MODEL else _shrink(value, tokens)
+        elif _TOKEN_FIELD.search(name):
+            out[name] = tokens.remap(name, value)
+        elif isinstance(value, list) and len(value) == kept.total and name not in ("image_grid_pinpoints",):
+            out[name] = [value[i] for i in kept.indices]
+        else:
+            out[name] = _apply(name, value, len(kept.indices))
+    _shrink_images(out)
+    return out
+
+
+def _apply(name: str, value: Any, layers: int) -> Any:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        return value
+    for rule in RULES:
+        if re.search(rule.pattern, name):
+            target = layers if name == "num_hidden_layers" and layers else rule.value
+            return min(value, target) if rule.at_most else target
+    return value
+
+
+@dataclass(frozen=True)
+class _Kept:
+    total: int
+    indices: tuple[int, ...]
+
+
+def _kept_layers(config: dict[str, Any]) -> _Kept:
+    """Which layers stay: the first of each kind, and at least two.
+
+    A kind is what the per-layer lists (``layer_types``, ``mlp_layer_types``...) say about a layer.
+    """
+    total = config.get("num_hidden_layers")
+    if not isinstance(total, int):
+        return _Kept(-1, ())
+    lists = [v for k, v in config.items() if k.endswith(("_types", "_type", "rope_layers")) and _is_per_layer(v, total)]
+    seen: dict[tuple[Any, ...], int] = {}
+    for i in range(total):
+        seen.setdefault(tuple(v[i] for v in lists), i)
+    indices = sorted(seen.values())
+    for i in range(total):
+        if len(indices) >= 2:
+            break
+        if i not in indices:
+            indices.append(i)
+    return _Kept(total if total > 1 else -1, tuple(sorted(indices)))
+
+
+def _is_per_layer(value: Any, total: int) -> bool:
+    return isinstance(value, list) and len(value) == total
+
+
+def _shrink_images(config: dict[str, Any]) -> None:
+    """Four patches a side: enough for two-by-two merging and for windows."""
+    patch = config.get("patch_size")
+    if not isinstance(patch, int) or ("hidden_size" not in config and "embed_dim" not in config):
+        return
+    if isinstance(config.get("image_size"), int):
+        config["image_size"] = 4 * patch
+    if isinstance(config.get("window_size"), int) and config["window_size"] % patch == 0:
+        config["window_size"] = 4 * patch
+    if config.get("deepstack_visual_indexes"):
+        config["deepstack_visual_indexes"] = [0]
+    if config.get("fullatt_block_indexes"):
+        config["fullatt_block_indexes"] = [1]

@@ -1,0 +1,105 @@
+"""Tiny models build without a download, run, and are sensitive to what a parity check must notice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from compile_policy_transformers.tiny import known_model_types, tiny_inputs, tiny_model
+
+GRID = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "exaone4_5", "qwen3_5", "glm4v", "glm_ocr")
+FIXED = ("llava", "gemma3")
+TEXT = ("llama", "qwen3", "gemma2")
+PICTURES = [(56, 84), (56, 56)]
+
+
+def _inputs(model: PreTrainedModel, model_type: str, **kwargs: Any) -> dict[str, Any]:
+    return tiny_inputs(model, text_len=14, images=() if model_type in TEXT else PICTURES, batch=2, **kwargs)
+
+
+@torch.no_grad()
+def _last(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
+    return model(**inputs).logits[:, -1]
+
+
+@pytest.mark.parametrize("model_type", GRID + FIXED + TEXT)
+def test_negative_controls(model_type: str) -> None:
+    """A blank picture and an ignored padding mask change logits and greedy tokens clearly."""
+    model = tiny_model(model_type)
+    inputs = _inputs(model, model_type)
+    logits = _last(model, inputs)
+    spread = logits.std()
+    tokens = model.generate(**inputs, max_new_tokens=8)
+    assert tokens.shape == (2, inputs["input_ids"].shape[1] + 8)
+    assert 0.2 < spread < 8, "logits are flat or saturated"
+    unmasked = {**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])}
+    assert (_last(model, unmasked)[1] - logits[1]).abs().max() > 0.1 * spread
+    assert not torch.equal(model.generate(**unmasked, max_new_tokens=8), tokens)
+    if model_type not in TEXT:
+        blank = {**inputs, "pixel_values": torch.zeros_like(inputs["pixel_values"])}
+        assert (_last(model, blank) - logits).abs().amax(dim=1).min() > 0.1 * spread
+        assert not torch.equal(model.generate(**blank, max_new_tokens=8), tokens)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "llava", "llama"])
+def test_same_seed_same_model_and_inputs(model_type: str) -> None:
+    """Weights and inputs follow from their seeds alone."""
+    torch.manual_seed(1)
+    first = tiny_model(model_type, seed=3)
+    torch.manual_seed(2)
+    second, other = tiny_model(model_type, seed=3), tiny_model(model_type, seed=4)
+    inputs, again = _inputs(first, model_type, seed=5), _inputs(second, model_type, seed=5)
+    assert all(torch.equal(inputs[name], again[name]) for name in inputs)
+    assert torch.equal(_last(first, inputs), _last(second, inputs))
+    assert not torch.allclose(_last(first, inputs), _last(other, inputs))
+
+
+def test_model_is_small_and_ready() -> None:
+    """Evaluation mode, float32, less than a million parameters, special tokens inside the vocabulary."""
+    model = tiny_model("qwen2_5_vl")
+    assert not model.training and model.dtype == torch.float32
+    assert sum(p.numel() for p in model.parameters()) < 1_000_000
+    assert model.config.image_token_id < model.config.get_text_config().vocab_size
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "exaone4_5", "gemma2"])
+def test_sliding_window_is_crossed(model_type: str) -> None:
+    """Both kinds of layers are there, and a short prompt is longer than the window."""
+    config = tiny_model(model_type).config.get_text_config()
+    assert set(config.layer_types) == {"sliding_attention", "full_attention"}
+    assert config.sliding_window <= 16
+
+
+def test_rows_are_padded_on_the_left_by_different_lengths() -> None:
+    """Each row after the first is shorter, and padding comes first."""
+    mask = tiny_inputs(tiny_model("llama"), text_len=12, batch=3)["attention_mask"]
+    assert mask.sum(1).tolist() == [12, 9, 7]
+    assert (mask.diff(dim=1) >= 0).all()
+
+
+def test_image_sizes_are_followed() -> None:
+    """Grids and placeholders follow height and width; 28 pixels are one token for a patch of 14 merged by two."""
+    inputs = tiny_inputs(tiny_model("qwen2_5_vl"), text_len=8, images=[(56, 84), (29, 27)])
+    assert inputs["image_grid_thw"].tolist() == [[1, 4, 6], [1, 2, 2]]
+    assert inputs["mm_token_type_ids"].sum() == 6 + 1
+    assert inputs["pixel_values"].shape[0] == 24 + 4
+
+
+def test_unknown_model_type_names_near_matches() -> None:
+    """The error offers what was probably meant."""
+    with pytest.raises(ValueError, match="qwen2_5_vl"):
+        tiny_model("qwen2_5_v")
+
+
+def test_images_for_a_text_model_are_refused() -> None:
+    """A text-only model says so."""
+    with pytest.raises(ValueError, match="no images"):
+        tiny_inputs(tiny_model("llama"), text_len=8, images=[(56, 56)])
+
+
+def test_known_types_cover_transformers() -> None:
+    """Image-text, audio and text-only architectures are known by their model types."""
+    assert {"qwen2_5_vl", "qwen2_audio", "llama"} <= set(known_model_types())
