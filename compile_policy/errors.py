@@ -1,0 +1,69 @@
+"""Exceptions and warnings of the policy.
+
+    Exception
+    +-- ValueError
+    |   +-- PolicyError                 the user's mistake; the message says the fix
+    |       +-- ConfigError             a configuration field: unknown, wrong type, contradictory
+    |       +-- DecorationError         a class that cannot be decorated as asked
+    |       +-- UnsupportedModelError   an explicit wish that this model cannot fulfil
+    |       +-- InputError              an input file or prompt that cannot be used
+    |       +-- EnvironmentNotSupported version of torch or Transformers outside the tested range
+    +-- RuntimeError
+    |   +-- CompileFault                lowering or capture failed (raised only with on_fault="error")
+    |   +-- BudgetExceeded              more entries than max_entries (raised only with on_budget="error")
+    +-- NotCompilable                   internal: this call, or this component, has to run eager
+    UserWarning
+    +-- PolicyWarning                   a wish that was skipped, with reason and remedy
+"""
+
+from __future__ import annotations
+
+
+class PolicyError(ValueError):
+    """The user's mistake. ``remedy`` is one sentence that says what to do instead."""
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(f"{message} {remedy}".strip())
+        self.message = message
+        self.remedy = remedy
+
+
+class ConfigError(PolicyError):
+    """A configuration field is unknown, of the wrong type, or contradicts another."""
+
+
+class DecorationError(PolicyError):
+    """``support_torch_compile`` cannot be applied as asked."""
+
+
+class UnsupportedModelError(PolicyError):
+    """The user asked for something that this model cannot do."""
+
+
+class InputError(PolicyError):
+    """An input (model folder, picture, prompt) cannot be used."""
+
+
+class EnvironmentNotSupported(PolicyError):
+    """The installed torch or Transformers is older than the oldest tested version."""
+
+
+class CompileFault(RuntimeError):
+    """Capture or lowering of a component failed; ``__cause__`` is the original exception."""
+
+
+class BudgetExceeded(RuntimeError):
+    """A component needed more entries than ``max_entries`` allows."""
+
+
+class NotCompilable(Exception):
+    """Internal: a call or a component has to run eager; ``reason`` and ``remedy`` are for the report."""
+
+    def __init__(self, reason: str, *, remedy: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.remedy = remedy
+
+
+class PolicyWarning(UserWarning):
+    """A wish of the user was skipped; the message gives the reason and the remedy."""

@@ -1,0 +1,214 @@
+"""One example call -> one compiled graph.
+
+Dynamo captures the call ``fullgraph`` on a small synthetic example in which every label has its own size >= 2, so
+that no size is mistaken for another or for a constant. Its guards are not kept: each is recorded, the call key covers
+what they said about arguments, and what the graph assumes about sizes becomes one predicate (`ShapeConditions`).
+The captured graph is lowered once and called flat afterwards, without Dynamo: parameters bound, sizes read off the
+leaves.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch._dynamo
+import torch.fx.experimental._config as fx_config
+from torch._dynamo.backends.registry import lookup_backend
+
+from compile_policy.compat import graph_argument, leaf_dim_of_source, tracing_shape_env
+from compile_policy.predicate import ShapeConditions, conditions_of
+
+_serial = itertools.count()
+
+
+class Lowering(Protocol):
+    """The seam: a captured graph and its (fake) inputs -> a callable of the same flat inputs."""
+
+    def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]: ...
+
+
+@dataclass(frozen=True)
+class GuardRecord:
+    """A guard that Dynamo would have evaluated at every call."""
+
+    kind: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Argument:
+    """Where one input of the graph comes from: a bound tensor, a leaf of the call, or a size of a leaf."""
+
+    kind: str  # "tensor" | "leaf" | "size"
+    tensor: torch.Tensor | None = None
+    leaf: int = 0
+    dim: int = 0
+
+
+@dataclass
+class CompiledGraph:
+    """A lowered graph with all that is needed to call it flat.
+
+    Attributes:
+        code: takes the graph's inputs in order, returns its outputs.
+        arguments: the source of each input.
+        outputs: for every tensor of the traced function's result: ``("graph", i)`` or ``("leaf", i)``.
+        accepts: the sizes for which the graph holds.
+        guards: what Dynamo would have guarded on.
+        readable: the captured graph as Python text with source comments.
+        graph: the captured graph itself, kept for dumps.
+    """
+
+    code: Callable[..., Any]
+    arguments: list[Argument]
+    outputs: list[tuple[str, int]]
+    accepts: ShapeConditions
+    guards: list[GuardRecord] = field(default_factory=list)
+    readable: str = ""
+    sources: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(self, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Call the graph; leaves as `Call.leaves` of a call with the entry's key."""
+        inputs: list[Any] = []
+        for a in self.arguments:
+            if a.kind == "tensor":
+                inputs.append(a.tensor)
+            elif a.kind == "leaf":
+                inputs.append(leaves[a.leaf])
+            else:
+                inputs.append(leaves[a.leaf].shape[a.dim])
+        results = self.code(*inputs)
+        return [results[i] if kind == "graph" else leaves[i] for kind, i in self.outputs]
+
+
+def lower_with(backend: str) -> Lowering:
+    """The lowering for a backend name: ``inductor``, ``aot_eager``, ``eager`` or any that Dynamo knows."""
+    return lambda gm, inputs: lookup_backend(backend)(gm, list(inputs))
+
+
+def compile_call(
+    fn: Callable[..., tuple[torch.Tensor, ...]],
+    leaves: list[torch.Tensor],
+    labels: Sequence[Sequence[str | None]],
+    lowering: Lowering,
+) -> CompiledGraph:
+    """Capture ``fn(*leaves)`` as one graph and lower it.
+
+    Args:
+        fn: a pure function of the leaves (besides bound parameters), returning a flat tuple of tensors.
+        leaves: the example; every label has one size >= 2 of its own.
+        labels: per leaf and dim, the label, or ``None`` for a static dim.
+
+    Raises:
+        Exception: whatever capture or lowering raises; the caller decides what it means.
+    """
+    catcher = _Catcher(leaves, lowering)
+    for leaf, names in zip(leaves, labels, strict=True):
+        for dim, label in enumerate(names):
+            if label is None:
+                torch._dynamo.mark_static(leaf, dim)
+    with _capture_settings():
+        compiled = torch.compile(
+            _with_own_code(fn),
+            backend=catcher,
+            fullgraph=True,
+            dynamic=True,
+            options={"guard_filter_fn": catcher.drop_guards},
+        )
+        results = compiled(*leaves)
+    return catcher.finish(results)
+
+
+@contextmanager
+def _capture_settings() -> Iterator[None]:
+    """Integers and floats are constants of the trace, sizes are symbols that are never assumed to be 0 or 1."""
+    with ExitStack() as stack:
+        stack.enter_context(torch._dynamo.config.patch(specialize_int=True, specialize_float=True))  # type: ignore[no-untyped-call]
+        stack.enter_context(fx_config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
+        yield
+
+
+def _with_own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn`` with a code object that no other function has.
+
+    Dynamo files compiled code under the code object; with guards dropped, two entries that share one would be
+    taken for each other.
+    """
+    assert isinstance(fn, types.FunctionType)
+    code = fn.__code__.replace(co_name=f"{fn.__name__}_{next(_serial)}")
+    return types.FunctionType(code, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+
+
+class _Catcher:
+    """A Dynamo backend that notes what was captured and lowers it."""
+
+    def __init__(self, leaves: list[torch.Tensor], lowering: Lowering) -> None:
+        self.leaves = leaves
+        self.lowering = lowering
+        self.guards: list[GuardRecord] = []
+        self.graph: CompiledGraph | None = None
+        self.outputs: Sequence[Any] = ()
+
+    def drop_guards(self, entries: Sequence[Any]) -> list[bool]:
+        self.guards = [GuardRecord(str(e.guard_type), str(e.name)) for e in entries]
+        return [False] * len(entries)
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        assert self.graph is None, "a fullgraph capture yields one graph"
+        arguments = [self._argument(n) for n in gm.graph.nodes if n.op == "placeholder"]
+        env = tracing_shape_env()
+        metadata = [n.meta["example_value"] for n in gm.graph.nodes if n.op == "placeholder"]
+        shapes = {a.leaf: m.shape for a, m in zip(arguments, metadata, strict=True) if a.kind == "leaf"}
+        accepts = conditions_of(env, self.leaves, shapes)
+        readable = gm.print_readable(print_output=False)
+        sources = [_source_record(n) for n in gm.graph.nodes if n.op.startswith("call")]
+        code = self.lowering(gm, example_inputs)
+        self.graph = CompiledGraph(code, arguments, [], accepts, self.guards, readable, sources)
+
+        def run_and_note(*inputs: Any) -> Any:
+            self.outputs = code(*inputs)
+            return self.outputs
+
+        return run_and_note
+
+    def _argument(self, node: torch.fx.Node) -> Argument:
+        example, source = graph_argument(node)
+        if isinstance(example, torch.Tensor):
+            for i, leaf in enumerate(self.leaves):
+                if leaf is example:
+                    return Argument("leaf", leaf=i)
+            return Argument("tensor", tensor=example)
+        leaf, dim = leaf_dim_of_source(source)
+        return Argument("size", leaf=leaf, dim=dim)
+
+    def finish(self, results: Sequence[torch.Tensor]) -> CompiledGraph:
+        assert self.graph is not None, "capture ended without a graph"
+        self.graph.guards = self.guards
+        self.graph.outputs = [self._output(r) for r in results]
+        return self.graph
+
+    def _output(self, result: torch.Tensor) -> tuple[str, int]:
+        """Graph output or leaf that ``result`` is: an alias of neither would be computed outside the graph."""
+        for i, out in enumerate(self.outputs):
+            if out is result:
+                return ("graph", i)
+        for i, leaf in enumerate(self.leaves):
+            if leaf is result:
+                return ("leaf", i)
+        raise RuntimeError("an output of the component is neither a result of the graph nor one of its inputs")
+
+
+def _source_record(node: torch.fx.Node) -> dict[str, Any]:
+    value = node.meta.get("example_value")
+    return {
+        "name": node.name,
+        "op": str(node.target),
+        "shape": [str(s) for s in value.shape] if isinstance(value, torch.Tensor) else None,
+        "stack": str(node.meta.get("stack_trace") or ""),
+    }

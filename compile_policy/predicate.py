@@ -1,0 +1,99 @@
+"""What a captured graph assumes about sizes, as one function.
+
+Dynamo's shape environment collects every relation between sizes that tracing relied on. They are kept, together with
+the equalities that one symbol for several dims means, and compiled to one Python expression over the leaves' shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch.utils._sympy.printers import PythonPrinter
+
+from compile_policy.compat import guard_origin, leaf_dim_of_source, symbol_sources
+
+# Relations that say nothing about the program's result. Keep this list short; each line says why.
+_IGNORABLE_ORIGINS = (
+    # copy_ asks whether its target overlaps itself; an answer for other sizes never changes what is copied.
+    "in meta_copy_",
+)
+_FUNCTIONS: dict[str, Any] = {"Max": max, "Min": min, "floor": lambda x: int(x // 1)}
+
+
+class ShapeConditions:
+    """Callable on the leaves' shapes; remembers shapes that passed, so that a repeated call costs a look-up."""
+
+    def __init__(self, conditions: Sequence[str]) -> None:
+        self.conditions = tuple(dict.fromkeys(conditions))
+        self._test: Callable[[Sequence[Any]], bool] = eval(_source(self.conditions), dict(_FUNCTIONS))
+
+    def __call__(self, leaves: Sequence[torch.Tensor]) -> bool:
+        return bool(self._test([t.shape for t in leaves]))
+
+    def failing(self, leaves: Sequence[torch.Tensor]) -> list[str]:
+        """The conditions that do not hold, for people."""
+        shapes = [t.shape for t in leaves]
+        return [c for c in self.conditions if not eval(_source((c,)), dict(_FUNCTIONS))(shapes)]
+
+
+def _source(conditions: Sequence[str]) -> str:
+    return "lambda s: " + (" and ".join(conditions) or "True")
+
+
+def conditions_of(env: Any, leaves: Sequence[torch.Tensor], shapes: Mapping[int, Sequence[Any]]) -> ShapeConditions:
+    """Conditions of the graph being traced.
+
+    Args:
+        env: the trace's ``ShapeEnv``.
+        leaves: the example's tensors.
+        shapes: leaf index -> traced (symbolic) shape, for leaves that are inputs of the graph.
+    """
+    names: dict[sympy.Symbol, str] = {}
+    conditions: list[str] = []
+    for i, shape in sorted(shapes.items()):
+        for dim, size in enumerate(shape):
+            conditions += _dim_condition(names, f"s[{i}][{dim}]", size)
+    for symbol, sources in symbol_sources(env).items():
+        for source in sources:
+            place = leaf_dim_of_source(source, strict=False)
+            if place is not None and place[0] < len(leaves):
+                names.setdefault(symbol, f"s[{place[0]}][{place[1]}]")
+    printer = _Printer(names)
+    for guard in env.guards:
+        if not guard.expr.free_symbols or any(o in guard_origin(guard) for o in _IGNORABLE_ORIGINS):
+            continue
+        unknown = [s for s in guard.expr.free_symbols if s not in names]
+        if unknown:
+            raise RuntimeError(f"the trace assumed {guard.expr}, and {unknown} is no size of an input")
+        conditions.append(f"({printer.doprint(guard.expr)})")
+    return ShapeConditions(conditions)
+
+
+def _dim_condition(names: dict[sympy.Symbol, str], place: str, size: Any) -> list[str]:
+    if isinstance(size, int):
+        return [f"{place} == {size}"]
+    expr = size.node.expr
+    if isinstance(expr, sympy.Symbol) and expr not in names:
+        names[expr] = place
+        return []
+    return [f"{place} == {_Printer(names).doprint(expr)}"]
+
+
+class _Printer(PythonPrinter):
+    """Sympy to Python, with symbols as places in ``s``."""
+
+    def __init__(self, names: Mapping[sympy.Symbol, str]) -> None:
+        super().__init__()
+        self._names = names
+
+    def _print_Symbol(self, expr: sympy.Symbol) -> str:  # noqa: N802 (sympy's naming)
+        return self._names[expr]
+
+    def _print_Max(self, expr: sympy.Expr) -> str:  # noqa: N802
+        return f"max({', '.join(self._print(a) for a in expr.args)})"
+
+    def _print_Min(self, expr: sympy.Expr) -> str:  # noqa: N802
+        return f"min({', '.join(self._print(a) for a in expr.args)})"
