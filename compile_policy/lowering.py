@@ -184,8 +184,9 @@ class _Catcher:
                 if leaf is example:
                     return Argument("leaf", leaf=i)
             return Argument("tensor", tensor=example)
-        leaf, dim = leaf_dim_of_source(source)
-        return Argument("size", leaf=leaf, dim=dim)
+        place = leaf_dim_of_source(source)
+        assert place is not None, f"{node.name} is neither a tensor nor a size of a leaf"
+        return Argument("size", leaf=place[0], dim=place[1])
 
     def finish(self, results: Sequence[torch.Tensor]) -> CompiledGraph:
         assert self.graph is not None, "capture ended without a graph"

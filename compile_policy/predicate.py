@@ -58,7 +58,7 @@ def conditions_of(env: Any, leaves: Sequence[torch.Tensor], shapes: Mapping[int,
             conditions += _dim_condition(names, f"s[{i}][{dim}]", size)
     for symbol, sources in symbol_sources(env).items():
         for source in sources:
-            place = leaf_dim_of_source(source, strict=False)
+            place = leaf_dim_of_source(source)
             if place is not None and place[0] < len(leaves):
                 names.setdefault(symbol, f"s[{place[0]}][{place[1]}]")
     printer = _Printer(names)
