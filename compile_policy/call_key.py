@@ -37,6 +37,9 @@ class ArgumentAdapter(Protocol):
     def write_back(self, spec: Any, value: Any, state: list[torch.Tensor]) -> None:
         """Give the caller's ``value`` its new state. Runs outside the trace, after each call."""
 
+    def public(self, value: Any) -> Any:
+        """What the caller knows the argument as, for results that contain it."""
+
 
 _adapters: dict[type, ArgumentAdapter] = {}
 
@@ -210,6 +213,12 @@ def collect_state(spec: Any, value: Any) -> list[torch.Tensor]:
     return []
 
 
+def public_value(value: Any) -> Any:
+    """An argument as the caller knows it."""
+    adapter = adapter_for(type(value))
+    return value if adapter is None else adapter.public(value)
+
+
 class _IntermediateTensorsAdapter:
     def flatten(self, value: IntermediateTensors, out: Leaves, path: str) -> Any:
         for name, tensor in value.items():
@@ -224,6 +233,9 @@ class _IntermediateTensorsAdapter:
 
     def write_back(self, spec: Any, value: IntermediateTensors, state: list[torch.Tensor]) -> None:
         return None
+
+    def public(self, value: IntermediateTensors) -> IntermediateTensors:
+        return value
 
 
 register_adapter(IntermediateTensors, _IntermediateTensorsAdapter())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-from compile_policy.call_key import Call, adapter_for, collect_state, rebuild
+from compile_policy.call_key import Call, adapter_for, collect_state, public_value, rebuild
 from compile_policy.errors import NotCompilable
 from compile_policy.example import copies, synthetic
 from compile_policy.lowering import CompiledGraph, Lowering, compile_call
@@ -38,7 +38,7 @@ class OutputSpec:
     def _leaf(leaf: tuple[Any, ...], tensors: Iterator[torch.Tensor], values: Any) -> Any:
         if leaf[0] == "tensor":
             return next(tensors)
-        return values[leaf[1]] if leaf[0] == "value" else leaf[1]
+        return public_value(values[leaf[1]]) if leaf[0] == "value" else leaf[1]
 
 
 @dataclass
@@ -111,7 +111,10 @@ class _Reference:
         self.example = copies(example)
         self.used = copies(example)
         values, result = self._run(self.used)
-        leaves, tree = pytree.tree_flatten(result, is_leaf=_is_adapted)
+        adapted = [values[name] for name, spec in call.spec if spec[0] == "adapted"]
+        with_paths, tree = pytree.tree_flatten_with_path(result, is_leaf=lambda x: any(x is a for a in adapted))
+        leaves = [leaf for _, leaf in with_paths]
+        self.paths = [_steps(path) for path, leaf in with_paths if isinstance(leaf, torch.Tensor)]
         self.output = OutputSpec(tree, tuple(self._describe(leaf, values) for leaf in leaves))
         state = {name: collect_state(spec, values[name]) for name, spec in call.spec}
         self.state_sizes = {name: len(tensors) for name, tensors in state.items()}
@@ -127,7 +130,7 @@ class _Reference:
         if isinstance(leaf, torch.Tensor):
             return ("tensor",)
         for name, value in values.items():
-            if leaf is value and _is_adapted(leaf):
+            if leaf is value and leaf is not None:
                 return ("value", name)
         if leaf is None or isinstance(leaf, (bool, str)):
             return ("const", leaf)
@@ -135,14 +138,14 @@ class _Reference:
 
     def traceable(self) -> Callable[..., tuple[torch.Tensor, ...]]:
         """The same run as a function of tensors that returns a flat tuple of tensors."""
-        spec = self.call.spec
+        spec, paths = self.call.spec, self.paths
         forward = self.module.forward
 
         def component(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
             it = iter(leaves)
             values = {name: rebuild(s, it) for name, s in spec}
             result = forward(**values)
-            flat = [x for x in pytree.tree_leaves(result, is_leaf=_is_adapted) if isinstance(x, torch.Tensor)]
+            flat = [_follow(result, path) for path in paths]
             for name, s in spec:
                 flat += collect_state(s, values[name])
             return tuple(flat)
@@ -181,8 +184,15 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float(difference / max(1.0, b.nan_to_num(0.0, posinf=0.0, neginf=0.0).abs().max().item()))
 
 
-def _is_adapted(value: Any) -> bool:
-    return adapter_for(type(value)) is not None
+def _steps(path: Any) -> tuple[tuple[bool, Any], ...]:
+    """A pytree path as (is attribute, key) pairs, which Dynamo can follow."""
+    return tuple((True, k.name) if isinstance(k, pytree.GetAttrKey) else (False, getattr(k, "key", getattr(k, "idx", None))) for k in path)
+
+
+def _follow(value: Any, steps: tuple[tuple[bool, Any], ...]) -> Any:
+    for is_attribute, key in steps:
+        value = getattr(value, key) if is_attribute else value[key]
+    return value
 
 
 def difference(entry: Entry, call: Call) -> str:

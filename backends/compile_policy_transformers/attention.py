@@ -1,0 +1,209 @@
+"""Attention as the policy traces it: registered with Transformers' own attention and mask interfaces.
+
+Two names. ``DECODER``: a mask is always given, dense and boolean, so that no branch on sizes (``is_causal``, "skip the
+mask") ends up in a graph; prefill, decode and padding are then one graph. ``ENCODER``: packed images or windows,
+described by ``cu_seq_lens``, go through an operator that stays opaque to the graph; its name contains "flash" because
+that is how Transformers' vision towers decide to hand over the lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.masking_utils import sdpa_mask
+
+DECODER = "compile_policy"
+ENCODER = "compile_policy_flash_varlen"
+
+#: Implementations that compute what `dense_attention` computes; others are the user's choice and traced as they are.
+REPLACED = frozenset({"sdpa", "eager", None})
+
+
+def dense_mask(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """Transformers' boolean mask (batch, 1, query, key), never skipped in favour of an ``is_causal`` flag."""
+    kwargs["allow_is_causal_skip"] = False
+    kwargs["allow_is_bidirectional_skip"] = False
+    mask = sdpa_mask(*args, **kwargs)
+    assert mask is not None
+    return mask
+
+
+def dense_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention under a given mask.
+
+    Args:
+        query: (batch, heads, queries, head dim); ``key`` and ``value`` may have fewer heads (grouped queries).
+        attention_mask: boolean or additive, broadcastable to (batch, heads, queries, keys), or ``None`` for
+            attention without restrictions. A causal module always gets a mask from the policy.
+        s_aux: (heads,) attention sinks, logits that take part in the softmax and are dropped after it.
+
+    Returns:
+        (batch, queries, heads, head dim) and ``None`` for the weights.
+    """
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    if attention_mask is None and causal:
+        raise RuntimeError(f"{type(module).__name__} is causal and was called without a mask")
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = _repeat(key, groups), _repeat(value, groups)
+    if position_bias is not None:
+        attention_mask = _with_bias(attention_mask, position_bias, query.dtype)
+    if softcap is not None or s_aux is not None:
+        out = _explicit(query, key, value, attention_mask, scaling, softcap, s_aux)
+    else:
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
+        )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _repeat(x: torch.Tensor, groups: int) -> torch.Tensor:
+    batch, heads, length, dim = x.shape
+    return x[:, :, None].expand(batch, heads, groups, length, dim).reshape(batch, heads * groups, length, dim)
+
+
+def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if mask is None:
+        return bias
+    return torch.where(mask, bias, torch.finfo(dtype).min) if mask.dtype is torch.bool else mask + bias
+
+
+def _explicit(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Softmax attention written out, for what SDPA has no argument for."""
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype is torch.bool else scores + mask
+    if sinks is None:
+        weights = F.softmax(scores, dim=-1, dtype=torch.float32)
+    else:
+        extra = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        weights = F.softmax(torch.cat([scores, extra], dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
+    return weights.to(value.dtype) @ value
+
+
+@torch.library.custom_op("compile_policy::varlen_attention", mutates_args=())
+def varlen_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention inside each packed sequence, without a mask over all pairs.
+
+    Args:
+        query: (1, heads, tokens, head dim); ``key`` and ``value`` may have fewer heads.
+        cu_seqlens: (sequences + 1,) cumulative lengths, from 0 to ``tokens``.
+
+    Returns:
+        (1, tokens, heads, head dim).
+
+    Neighbouring sequences of one length (windows, images of one size) are computed as one batch.
+    """
+    _, heads, tokens, _ = query.shape
+    out = query.new_empty(1, tokens, heads, value.shape[-1])
+    bounds = cu_seqlens.tolist()
+    start = 0
+    while start < len(bounds) - 1:
+        length = bounds[start + 1] - bounds[start]
+        stop = start + 1
+        while stop < len(bounds) - 1 and bounds[stop + 1] - bounds[stop] == length:
+            stop += 1
+        if length:
+            part = slice(bounds[start], bounds[stop])
+            q, k, v = (_batched(x[:, :, part], stop - start, length) for x in (query, key, value))
+            o = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+            out[0, part] = o.transpose(1, 2).reshape(-1, heads, value.shape[-1])
+        start = stop
+    return out
+
+
+def _batched(x: torch.Tensor, count: int, length: int) -> torch.Tensor:
+    """(1, heads, count * length, dim) -> (count, heads, length, dim)."""
+    return x[0].unflatten(1, (count, length)).transpose(0, 1)
+
+
+@varlen_attention.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float) -> torch.Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+def encoder_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of an encoder: packed sequences when lengths are given, else `dense_attention`."""
+    if cu_seq_lens_q is None:
+        return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return varlen_attention(query, key, value, cu_seq_lens_q, scale), None
+
+
+AttentionInterface.register(DECODER, dense_attention)
+AttentionMaskInterface.register(DECODER, dense_mask)
+AttentionInterface.register(ENCODER, encoder_attention)
+AttentionMaskInterface.register(ENCODER, dense_mask)
+
+
+@contextmanager
+def traced_with(configs: list[PreTrainedConfig], name: str) -> Iterator[None]:
+    """Let modules that read ``configs`` use the attention ``name``; restored on leaving, whatever happens.
+
+    Other threads that run the model eager meanwhile see it too, and get equal results from it.
+    """
+    saved: list[tuple[Any, Any]] = []
+    for config in configs:
+        given = config._attn_implementation
+        if given in REPLACED:
+            saved.append((config, given))
+    try:
+        for config, _ in saved:
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for config, given in saved:
+            config._attn_implementation_internal = given
+
+
+def configs_below(module: torch.nn.Module) -> list[PreTrainedConfig]:
+    """The distinct configurations that ``module`` and its sub-modules read their attention from."""
+    found: dict[int, PreTrainedConfig] = {}
+    for sub in module.modules():
+        config = getattr(sub, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            found[id(config)] = config
+    return list(found.values())
+
+
+MaskFactory = Callable[..., Any]

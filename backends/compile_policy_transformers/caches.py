@@ -1,0 +1,288 @@
+"""Transformers caches as call arguments.
+
+Outside the graph a cache stays the user's object. A call carries it as `CacheCall`; its adapter flattens the layers'
+tensors, rebuilds a cache of the same class around traced tensors, and writes the new state back. Layers whose stock
+``update`` branches in Python on how full they are get a branch-free twin inside the trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from compile_policy.call_key import Leaves, register_adapter
+from compile_policy.errors import NotCompilable
+
+#: Labels of the dims that vary. A full dynamic layer and a sliding one hold different lengths.
+PAST, SLIDING_PAST, SLOTS, SLIDING_SLOTS = "past", "sliding_past", "slots", "sliding_slots"
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Heads, key and value dims and dtype of one layer's cache: what lazy initialisation needs."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class CacheCall:
+    """A cache together with the number of new tokens that this call brings."""
+
+    cache: Cache
+    query_length: int
+
+
+class _TracedDynamic(DynamicLayer):
+    """`DynamicLayer` that does not ask whether it is empty."""
+
+    def get_seq_length(self) -> int:
+        assert self.keys is not None
+        return self.keys.shape[-2]
+
+
+class _TracedSliding(_TracedDynamic):
+    """`DynamicSlidingWindowLayer` without Python branches: keeps the last ``window - 1`` states."""
+
+    is_sliding = True
+    sliding_window: int
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        full_keys = torch.cat([self.keys, key_states], dim=-2)
+        full_values = torch.cat([self.values, value_states], dim=-2)
+        start = torch.sym_max(full_keys.shape[-2] - self.sliding_window + 1, 0)
+        self.keys = full_keys[:, :, start:].contiguous()
+        self.values = full_values[:, :, start:].contiguous()
+        return full_keys, full_values
+
+    def get_seq_length(self) -> int:
+        raise NotCompilable("the decoder asks a sliding layer for its length inside the graph")
+
+
+class _TracedStaticSliding(StaticSlidingWindowLayer):
+    """`StaticSlidingWindowLayer` whose three cases (below, crossing, full) are one.
+
+    Attention sees all slots followed by the new states; the mask says which of them count (`sliding_mask`).
+    ``select`` says which of slots and new states stay: an index chosen outside the graph (`slots_to_keep`).
+    """
+
+    select: torch.Tensor
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        full_keys = torch.cat([self.keys, key_states], dim=-2)
+        full_values = torch.cat([self.values, value_states], dim=-2)
+        self.keys.copy_(full_keys.index_select(2, self.select))
+        self.values.copy_(full_values.index_select(2, self.select))
+        return full_keys, full_values
+
+    def get_seq_length(self) -> int:
+        raise NotCompilable("the decoder asks a sliding layer for its length inside the graph")
+
+
+def slots_to_keep(slots: int, seen: int, new: int, device: torch.device) -> torch.Tensor:
+    """Index into (slots | new states) of what a sliding static layer holds after this call.
+
+    Args:
+        slots: size of the layer, ``seen``: tokens before this call, ``new``: tokens of this call.
+    """
+    if seen + new <= slots:  # still filling up: new states go behind the old ones
+        order = [*range(seen), *range(slots, slots + new), *range(seen + new, slots)]
+    else:
+        held = list(range(min(seen, slots)))
+        order = (held + list(range(slots, slots + new)))[-slots:]
+    return torch.tensor(order, device=device)
+
+
+def sliding_mask(mask: torch.Tensor, slots: int, seen: int) -> torch.Tensor:
+    """A mask made for the stock layer, rearranged for `_TracedStaticSliding`.
+
+    Args:
+        mask: (batch, 1, new, keys) as Transformers builds it: one column per slot while the layer is filling up, one
+            per kept and new state afterwards.
+
+    Returns:
+        (batch, 1, new, slots + new).
+    """
+    new = mask.shape[2]
+    if seen + new <= slots:
+        kept, fresh = mask[..., :seen], mask[..., seen : seen + new]
+        return torch.cat([torch.nn.functional.pad(kept, (0, slots - seen)), fresh], dim=-1)
+    if seen < slots:
+        kept, fresh = mask[..., :seen], mask[..., seen:]
+        return torch.cat([torch.nn.functional.pad(kept, (0, slots - seen)), fresh], dim=-1)
+    return torch.nn.functional.pad(mask, (1, 0))  # full: the oldest slot has left the window
+
+
+def initialise(cache: Cache, shapes: Sequence[LayerShape | None], batch: int, device: torch.device) -> None:
+    """Give lazy layers their tensors now, so that the graph never meets one without."""
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) < len(shapes):
+            cache.layers.append(cache.layer_class_to_replicate())
+    for layer, shape in zip(cache.layers, shapes, strict=False):
+        if shape is None or layer.is_initialized or isinstance(layer, DummyLayer):
+            continue
+        keys = _empty(batch, shape.heads, shape.key_dim, shape.dtype, device)
+        values = _empty(batch, shape.heads, shape.value_dim, shape.dtype, device)
+        layer.lazy_initialization(keys, values)
+        if isinstance(layer, DynamicLayer):
+            layer.keys, layer.values = keys, values
+
+
+def _empty(batch: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty((batch, heads, 0, dim), dtype=dtype, device=device)
+
+
+def needs_initialisation(cache: Cache) -> bool:
+    return cache.layer_class_to_replicate is not None or not all(layer.is_initialized for layer in cache.layers)
+
+
+def layer_shapes(cache: Cache) -> list[LayerShape | None]:
+    """Shapes of a cache that has seen at least one call."""
+    result: list[LayerShape | None] = []
+    for layer in cache.layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None or keys.dim() != 4:
+            result.append(None)
+        else:
+            result.append(LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype))
+    return result
+
+
+class _CacheAdapter:
+    def flatten(self, value: CacheCall, out: Leaves, path: str) -> Any:
+        cache = value.cache
+        if cache.offloading:
+            raise NotCompilable("the cache is offloaded", remedy="Use a cache that stays on the device.")
+        selects: dict[tuple[int, int], int] = {}
+        layers = tuple(
+            self._flatten_layer(layer, value.query_length, selects, out, f"{path}.layers[{i}]")
+            for i, layer in enumerate(cache.layers)
+        )
+        for (slots, seen), n in selects.items():
+            index = slots_to_keep(slots, seen, value.query_length, cache.layers[0].keys.device)
+            out.add(index, f"{path}.select[{n}]", (SLIDING_SLOTS,), filler=_keep_last)
+        return (type(cache), layers, len(selects))
+
+    def _flatten_layer(
+        self, layer: Any, new: int, selects: dict[tuple[int, int], int], out: Leaves, path: str
+    ) -> tuple[Any, ...]:
+        kind = type(layer)
+        if kind is DummyLayer:
+            return ("dummy",)
+        if kind is DynamicLayer:
+            self._add(layer, out, path, PAST)
+            return ("dynamic",)
+        if kind is DynamicSlidingWindowLayer:
+            if layer.record_past:
+                raise NotCompilable("the cache records past states for assisted decoding")
+            self._add(layer, out, path, SLIDING_PAST)
+            return ("sliding", layer.sliding_window)
+        if kind is StaticLayer:
+            self._add(layer, out, path, SLOTS, mutable=True)
+            out.add(layer.cumulative_length, f"{path}.cumulative_length", (), mutable=True, filler=_zero)
+            return ("static",)
+        if kind is StaticSlidingWindowLayer:
+            self._add(layer, out, path, SLIDING_SLOTS, mutable=True)
+            at = selects.setdefault((layer.max_cache_len, layer.cumulative_length_int), len(selects))
+            return ("static_sliding", at)
+        raise NotCompilable(f"the cache has a {kind.__name__}, which the policy cannot pass to a graph yet")
+
+    @staticmethod
+    def _add(layer: Any, out: Leaves, path: str, length: str, *, mutable: bool = False) -> None:
+        for name in ("keys", "values"):
+            out.add(getattr(layer, name), f"{path}.{name}", ("batch", None, length, None), mutable=mutable)
+
+    def rebuild(self, spec: Any, leaves: Iterator[torch.Tensor]) -> Cache:
+        cls, layer_specs, n_selects = spec
+        cache = object.__new__(cls)
+        cache.layers = [_rebuild_layer(s, leaves) for s in layer_specs]
+        cache.layer_class_to_replicate = None
+        cache.offloading = False
+        selects = [next(leaves) for _ in range(n_selects)]
+        for s, layer in zip(layer_specs, cache.layers, strict=True):
+            if s[0] == "static_sliding":
+                layer.select = selects[s[1]]
+        return cache
+
+    def state(self, spec: Any, value: Cache) -> list[torch.Tensor]:
+        return [
+            t
+            for s, layer in zip(spec[1], value.layers, strict=True)
+            if s[0] in ("dynamic", "sliding")
+            for t in (layer.keys, layer.values)
+        ]
+
+    def write_back(self, spec: Any, value: CacheCall, state: list[torch.Tensor]) -> None:
+        tensors = iter(state)
+        for s, layer in zip(spec[1], value.cache.layers, strict=True):
+            kind = s[0]
+            if kind == "dynamic":
+                layer.keys, layer.values = next(tensors), next(tensors)
+            elif kind == "sliding":
+                layer.keys, layer.values = next(tensors), next(tensors)
+                layer.cumulative_length += value.query_length
+            elif kind == "static_sliding":
+                seen = layer.cumulative_length_int
+                layer.cumulative_length_int = seen + value.query_length
+                if seen + value.query_length <= layer.max_cache_len:  # the stock layer stops counting here too
+                    layer.cumulative_length.add_(value.query_length)
+
+    def public(self, value: CacheCall) -> Cache:
+        return value.cache
+
+
+def _rebuild_layer(spec: tuple[Any, ...], leaves: Iterator[torch.Tensor]) -> Any:
+    kind = spec[0]
+    if kind == "dummy":
+        return DummyLayer()
+    cls: type = {
+        "dynamic": _TracedDynamic,
+        "sliding": _TracedSliding,
+        "static": StaticLayer,
+        "static_sliding": _TracedStaticSliding,
+    }[kind]
+    layer = object.__new__(cls)
+    layer.keys, layer.values = next(leaves), next(leaves)
+    layer.is_initialized = True
+    layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
+    if kind == "sliding":
+        layer.sliding_window = spec[1]
+    elif kind == "static":
+        layer.cumulative_length = next(leaves)
+        layer.max_cache_len = layer.keys.shape[2]
+    return layer
+
+
+def _zero(sizes: Mapping[str, int], shape: Sequence[int]) -> torch.Tensor:
+    return torch.zeros(tuple(shape), dtype=torch.long)
+
+
+def _keep_last(sizes: Mapping[str, int], shape: Sequence[int]) -> torch.Tensor:
+    """As if the layer were full: everything moves up by the number of new tokens."""
+    return torch.arange(shape[0]) + sizes["sequence"]
+
+
+register_adapter(CacheCall, _CacheAdapter())
+
+
+def fresh_cache(config: Any) -> DynamicCache:
+    """What a decoder makes for itself when it is called with ``use_cache`` and no cache."""
+    return DynamicCache(config=config)

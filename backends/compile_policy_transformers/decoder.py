@@ -1,0 +1,231 @@
+"""How a call of a language decoder becomes canonical.
+
+``generate`` calls a decoder in several forms: with ids or embeddings, with no mask, a 2D mask or prepared masks, with
+a lazy cache or a filled one, with image features in the first call only. Each form would be a graph of its own; here
+they become one: embeddings, an initialised cache, full position ids, a dense mask, features that may be empty.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
+from transformers.masking_utils import create_masks_for_generate
+
+from compile_policy.errors import NotCompilable
+from compile_policy.region import Bound
+from compile_policy.shapes import Labels
+from compile_policy_transformers import attention, caches
+
+_SLIDING = ("sliding_attention", "chunked_attention")
+
+
+class DecoderBinder:
+    """Binds calls of one decoder instance."""
+
+    def __init__(self, decoder: torch.nn.Module) -> None:
+        self.config: Any = decoder.config
+        self.mask_config = copy.copy(self.config)
+        self.mask_config._attn_implementation_internal = attention.DECODER
+        self.parameters = inspect.signature(decoder.forward).parameters
+        self.shapes: list[caches.LayerShape | None] | None = None
+        self.features = DeepstackFeatures(decoder)
+
+    @contextmanager
+    def tracing(self, module: torch.nn.Module) -> Iterator[None]:
+        with attention.traced_with(attention.configs_below(module), attention.DECODER):
+            yield
+
+    def bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
+        values = self._by_name(module, args, kwargs)
+        embeds = self._embeds(module, values)
+        batch, length = embeds.shape[:2]
+        if length == 0:
+            raise NotCompilable("a call without tokens")
+        cache = self._cache(module, values, embeds)
+        if cache is not None:
+            values["past_key_values"] = caches.CacheCall(cache, length)
+        self._position_ids(values, embeds, cache)
+        masks = self._masks(values.get("attention_mask"), embeds, cache)
+        if masks is not None:
+            values["attention_mask"] = masks
+        fillers = self.features.complete(values, embeds)
+        label = _Labels(batch, length, cache)
+        ordered = {name: values[name] for name in sorted(values) if values[name] is not None}
+        return Bound(ordered, label, fillers, boundary=length > 1)
+
+    def _by_name(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        if not args:
+            return dict(kwargs)
+        names = list(self.parameters)
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
+    @staticmethod
+    def _embeds(module: torch.nn.Module, values: dict[str, Any]) -> torch.Tensor:
+        ids, embeds = values.pop("input_ids", None), values.get("inputs_embeds")
+        if embeds is None:
+            if ids is None:
+                raise NotCompilable("neither input_ids nor inputs_embeds were given")
+            embeds = module.get_input_embeddings()(ids)  # type: ignore[operator]
+            values["inputs_embeds"] = embeds
+        elif ids is not None:
+            raise NotCompilable("both input_ids and inputs_embeds were given")
+        return embeds
+
+    def _cache(self, module: torch.nn.Module, values: dict[str, Any], embeds: torch.Tensor) -> Cache | None:
+        cache = values.pop("past_key_values", None)
+        use_cache = values.pop("use_cache", None)
+        if use_cache is None:
+            use_cache = bool(getattr(self.config, "use_cache", False)) and not module.training
+        if cache is None and use_cache:
+            cache = caches.fresh_cache(self.config)
+        if cache is None:
+            values["use_cache"] = False
+            return None
+        if not isinstance(cache, Cache):
+            raise NotCompilable(f"the cache is a {type(cache).__name__}, which is no Transformers Cache")
+        values["use_cache"] = use_cache
+        if caches.needs_initialisation(cache):
+            caches.initialise(cache, self._layer_shapes(module, embeds), embeds.shape[0], embeds.device)
+        return cache
+
+    def _layer_shapes(self, module: torch.nn.Module, embeds: torch.Tensor) -> list[caches.LayerShape | None]:
+        """Learned once from a two-token call: configurations name heads and dims in too many ways."""
+        if self.shapes is None:
+            cache = caches.fresh_cache(self.config)
+            with torch.no_grad():
+                module.forward(inputs_embeds=embeds.new_zeros(1, 2, embeds.shape[2]), past_key_values=cache, use_cache=True)
+            self.shapes = caches.layer_shapes(cache)
+        return self.shapes
+
+    def _position_ids(self, values: dict[str, Any], embeds: torch.Tensor, cache: Cache | None) -> None:
+        if "position_ids" not in self.parameters:
+            return
+        batch, length = embeds.shape[:2]
+        ids = values.get("position_ids")
+        if ids is None:
+            seen = cache.get_seq_length() if cache is not None else 0
+            ids = (torch.arange(length, device=embeds.device) + seen)[None]
+        if ids.shape[-2] != batch:
+            ids = ids.expand(*ids.shape[:-2], batch, length)
+        if ids.dim() == 2 and self._rope_dims():
+            ids = ids[None].expand(self._rope_dims(), batch, length)
+        elif ids.dim() == 3 and ids.shape[0] == self._rope_dims() + 1:
+            # Row 0 repeats the text positions, which models use to recognise packed sequences; with the mask
+            # given, nothing reads them.
+            ids = ids[1:]
+        values["position_ids"] = ids
+
+    def _rope_dims(self) -> int:
+        """3 where positions are temporal, height and width (multimodal RoPE), else 0."""
+        rope = getattr(self.config, "rope_parameters", None) or getattr(self.config, "rope_scaling", None) or {}
+        return 3 if "mrope_section" in rope else 0
+
+    def _masks(self, given: Any, embeds: torch.Tensor, cache: Cache | None) -> Any:
+        """Dense masks: one tensor, or one per layer type where the model keeps several."""
+        if isinstance(given, torch.Tensor) and given.dim() == 4:
+            return _arranged(given, cache, sliding=_all_sliding(cache))
+        if isinstance(given, Mapping):
+            if any(mask is None for mask in given.values()):
+                made = self._created(None, embeds, cache)
+                given = {name: made.get(name) if mask is None else mask for name, mask in given.items()}
+            return {name: _arranged(mask, cache, sliding=name in _SLIDING) for name, mask in given.items()}
+        if given is not None and not (isinstance(given, torch.Tensor) and given.dim() == 2):
+            raise NotCompilable(f"an attention mask of type {type(given).__name__} with an unknown layout")
+        made = self._created(given, embeds, cache)
+        if isinstance(made, Mapping):
+            return {name: _arranged(mask, cache, sliding=name in _SLIDING) for name, mask in made.items()}
+        return _arranged(made, cache, sliding=_all_sliding(cache))
+
+    def _created(self, mask: torch.Tensor | None, embeds: torch.Tensor, cache: Cache | None) -> Any:
+        return create_masks_for_generate(self.mask_config, embeds, mask, cache)
+
+
+def _arranged(mask: Any, cache: Cache | None, *, sliding: bool) -> Any:
+    """A mask for the cache layers as they look inside the trace."""
+    if cache is None or not sliding or not isinstance(mask, torch.Tensor):
+        return mask
+    for layer in cache.layers:
+        if type(layer) is StaticSlidingWindowLayer:
+            return caches.sliding_mask(mask, layer.max_cache_len, layer.cumulative_length_int)
+    return mask
+
+
+def _all_sliding(cache: Cache | None) -> bool:
+    return cache is not None and all(getattr(layer, "is_sliding", False) for layer in cache.layers)
+
+
+class _Labels:
+    """Labels of a decoder's tensor arguments: by name where the name says it, else by size."""
+
+    def __init__(self, batch: int, length: int, cache: Cache | None) -> None:
+        self.batch, self.length = batch, length
+        self.cached = cache is not None
+        layers = cache.layers if cache is not None else []
+        self.static = any(isinstance(layer, StaticLayer) for layer in layers)
+        self.has_sliding = any(getattr(layer, "is_sliding", False) for layer in layers)
+        self.all_sliding = _all_sliding(cache)
+
+    def __call__(self, path: str, tensor: torch.Tensor) -> Labels:
+        name = path.split("[")[0]
+        if name == "attention_mask" and tensor.dim() == 4:
+            heads = None if tensor.shape[1] == 1 else "mask_heads"
+            return ("batch", heads, "sequence", self._keys(path))
+        if name == "position_ids":
+            return (*(None,) * (tensor.dim() - 2), "batch", "sequence")
+        if name == "deepstack_visual_embeds":
+            return ("visual_tokens", *(None,) * (tensor.dim() - 1))
+        return self._by_size(tensor)
+
+    def _keys(self, path: str) -> str:
+        sliding = any(f"'{kind}'" in path for kind in _SLIDING) or (self.all_sliding and path == "attention_mask")
+        if not self.cached:
+            return "sequence"
+        if sliding and self.has_sliding:
+            return f"{caches.SLIDING_SLOTS}+sequence" if self.static else f"{caches.SLIDING_PAST}+sequence"
+        return caches.SLOTS if self.static else f"{caches.PAST}+sequence"
+
+    def _by_size(self, tensor: torch.Tensor) -> Labels:
+        labels: list[str | None] = [None] * tensor.dim()
+        if tensor.dim() >= 2 and tensor.shape[0] == self.batch:
+            labels[0] = "batch"
+        if tensor.dim() >= 2 and tensor.shape[1] == self.length:
+            labels[1] = "sequence"
+        if tensor.dim() == 1 and tensor.shape[0] == self.length:
+            labels[0] = "sequence"
+        return tuple(labels)
+
+
+class DeepstackFeatures:
+    """Visual features that some decoders add to their first layers; empty ones where a call has none."""
+
+    def __init__(self, decoder: torch.nn.Module) -> None:
+        self.wanted = "deepstack_visual_embeds" in inspect.signature(decoder.forward).parameters
+        self.count = 0
+        self.width = int(getattr(decoder.config, "hidden_size", 0))
+
+    def complete(self, values: dict[str, Any], embeds: torch.Tensor) -> dict[str, Any]:
+        """Make the arguments present and return how to fill their example."""
+        if not self.wanted:
+            return {}
+        given = values.get("deepstack_visual_embeds")
+        if given is not None:
+            self.count = len(given)
+        if self.count == 0:
+            return {}  # nothing known about them yet: the model was never called with a picture
+        if given is None:
+            values["deepstack_visual_embeds"] = [embeds.new_empty(0, embeds.shape[2]) for _ in range(self.count)]
+            values["visual_pos_masks"] = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        return {"visual_pos_masks": _first_positions}
+
+
+def _first_positions(sizes: Mapping[str, int], shape: Sequence[int]) -> torch.Tensor:
+    """As many marked positions as the example has visual tokens."""
+    mask = torch.zeros(tuple(shape), dtype=torch.bool)
+    mask.view(-1)[: sizes["visual_tokens"]] = True
+    return mask
