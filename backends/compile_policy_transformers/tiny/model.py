@@ -12,8 +12,9 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
 
+from .. import compat
+from ..components import TASKS
 from .overrides import OVERRIDES
 from .shrink import FIRST_SPECIAL_ID, VOCAB, shrink
 
@@ -24,10 +25,8 @@ EMBEDDING_STD = 0.4
 def known_model_types() -> dict[str, str]:
     """Model type to class name: image-text-to-text first, then audio and omni models, then causal language models."""
     out: dict[str, str] = {}
-    for name in ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "CAUSAL_LM"):
-        mapping = getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES")
-        for model_type, cls in mapping.items():
-            out.setdefault(model_type, cls if isinstance(cls, str) else cls[0])
+    for task in TASKS:
+        out = compat.model_class_names(task) | out
     return out
 
 
@@ -51,7 +50,7 @@ def tiny_model(model_type: str, *, seed: int = 0) -> PreTrainedModel:
     config = tiny_config(model_type)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = cls._from_config(config, dtype=torch.float32).eval()
+        model: PreTrainedModel = compat.build_from_config(cls, config).eval()
     _draw_weights(model, seed)
     # a generated placeholder would ask for a picture that isn't there
     special = list(range(FIRST_SPECIAL_ID, VOCAB))

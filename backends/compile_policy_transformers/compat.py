@@ -1,0 +1,53 @@
+"""Private or undocumented symbols of Transformers and accelerate, each in one place and each with a test.
+
+When an upgrade breaks one, this is the file to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+
+def build_from_config(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """Build ``cls`` in float32 on the current device; the auto classes only offer this for classes in their tables."""
+    return cast(PreTrainedModel, cls._from_config(config, dtype=torch.float32))
+
+
+def model_class_names(task: str) -> dict[str, str]:
+    """Model type to class name for ``task`` such as ``CAUSAL_LM``; the tables are importable but not documented."""
+    mapping: dict[str, str | tuple[str, ...]] = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")
+    return {name: cls if isinstance(cls, str) else cls[0] for name, cls in mapping.items()}
+
+
+def offload_hooks(module: nn.Module) -> Iterator[Any]:
+    """accelerate's hooks that move weights in and out around a call; it stores them as ``_hf_hook``."""
+    for child in module.modules():
+        hook = child.__dict__.get("_hf_hook")
+        for one in getattr(hook, "hooks", (hook,)):
+            if getattr(one, "offload", False):
+                yield one
+
+
+def quantizer(model: nn.Module) -> Any | None:
+    """The quantizer of a model that `from_pretrained` has quantized; an attribute without a documented contract."""
+    return getattr(model, "hf_quantizer", None)
+
+
+def device_map(model: nn.Module) -> dict[str, Any]:
+    """Where accelerate has put each part, empty when it hasn't."""
+    return cast(dict[str, Any], getattr(model, "hf_device_map", None) or {})
+
+
+def rope_types(module: nn.Module) -> set[str]:
+    """Kinds of rotary embedding below ``module``; a rotary module keeps one name, or one per kind of layer."""
+    out: set[str] = set()
+    for child in module.modules():
+        kind = child.__dict__.get("rope_type")
+        out |= set(kind.values()) if isinstance(kind, dict) else {kind} if isinstance(kind, str) else set()
+    return out

@@ -1,0 +1,139 @@
+"""Encoders of a multimodal model: which modules they are and which modality each encodes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from compile_policy.errors import UnsupportedModelError
+
+from .components import Found, as_model, holds, qualname
+
+MODALITIES = ("image", "video", "audio")
+
+# What an encoder class says it is fed with; the language models say "input_ids".
+_PICTURES = {"pixel_values", "pixel_values_videos", "flattened_patches"}
+_SOUNDS = {"input_features", "input_values", "audio_values"}
+
+
+def _get_encoder_cls(config_or_model: PreTrainedConfig | nn.Module, modality: str) -> type[nn.Module]:
+    """Class of the encoder that a call of the model runs for ``modality``; nothing is allocated for a configuration.
+
+    Raises:
+        ValueError: the modality is none of image, video, audio.
+        UnsupportedModelError: the model has no separate encoder for it.
+    """
+    if modality not in MODALITIES:
+        raise ValueError(f"modality is {modality!r}, but should be one of {', '.join(MODALITIES)}.")
+    model = as_model(config_or_model)
+    for found in find_encoders(model):
+        if modality in found.modalities:
+            return type(found.module)
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has no separate {modality} encoder.",
+        remedy="Leave out --compile-mm-encoder (compile_mm_encoder=False) for this model.",
+    )
+
+
+def find_encoders(model: nn.Module) -> list[Found]:
+    """Every encoder of the model: those that it names itself, and other towers in its tree.
+
+    A tower that several modalities share is one component; its role names the first.
+    """
+    modalities: dict[nn.Module, set[str]] = {}
+    for modality in MODALITIES:
+        tower = _named_encoder(model, modality)
+        if tower is not None and (modality == "audio" or _takes(model, modality)):
+            modalities.setdefault(tower, set()).add(modality)
+    for tower in _towers(model):
+        if not any(holds(known, tower) or holds(tower, known) for known in modalities):
+            modalities[tower] = _modalities_by_name(model, tower)
+    _separate_video_tower(modalities)
+    return [_found(model, tower, kinds) for tower, kinds in modalities.items()]
+
+
+def _found(model: nn.Module, tower: nn.Module, kinds: set[str]) -> Found:
+    first = next(m for m in MODALITIES if m in kinds)
+    path = qualname(model, tower)
+    assert path is not None
+    return Found(f"encoder[{first}]", path, tower, frozenset(kinds))
+
+
+def _takes(model: nn.Module, modality: str) -> bool:
+    declared = getattr(model, "input_modalities", ())
+    return modality in declared or hasattr(model, f"get_{modality}_features")
+
+
+def _named_encoder(model: nn.Module, modality: str) -> nn.Module | None:
+    """What ``get_encoder`` answers, where that is an encoder.
+
+    Without one it answers the model itself or its base; encoder-decoder models answer an encoder that reads token ids
+    too, which is no separate encoder.
+    """
+    get_encoder = getattr(model, "get_encoder", None)
+    if get_encoder is None:
+        return None
+    try:
+        tower = get_encoder(modality=modality)
+    except (AttributeError, TypeError, ValueError, NotImplementedError):
+        return None  # some models answer for the modalities they have, and raise for the others
+    if not isinstance(tower, nn.Module) or not qualname(model, tower) or _reads_token_ids(tower):
+        return None
+    return None if _holds_language(model, tower) else tower
+
+
+def _holds_language(model: nn.Module, tower: nn.Module) -> bool:
+    decoder = decoder_as_named(model)
+    return decoder is not None and holds(tower, decoder)
+
+
+def decoder_as_named(model: nn.Module) -> nn.Module | None:
+    """What the model's own ``get_decoder`` answers."""
+    get_decoder = getattr(model, "get_decoder", None)
+    try:
+        decoder: Any = get_decoder() if get_decoder is not None else None
+    except (AttributeError, TypeError, ValueError, NotImplementedError):
+        return None
+    return decoder if isinstance(decoder, nn.Module) else None
+
+
+def _reads_token_ids(module: nn.Module) -> bool:
+    return "input_ids" in inspect.signature(module.forward).parameters
+
+
+def _towers(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules below ``module`` that are fed with pixels or sound."""
+    for child in module.children():
+        if _is_tower(child):
+            yield child
+        else:
+            yield from _towers(child)
+
+
+def _is_tower(module: nn.Module) -> bool:
+    if not isinstance(module, PreTrainedModel) or module.main_input_name not in _PICTURES | _SOUNDS:
+        return False
+    # An image tokenizer (VQ-VAE) is used through encode(): calling it, and so compiling its call, never happens.
+    tokenizes = hasattr(module, "encode") and hasattr(module, "decode")
+    return not tokenizes and not _reads_token_ids(module)
+
+
+def _modalities_by_name(model: nn.Module, tower: nn.Module) -> set[str]:
+    assert isinstance(tower, PreTrainedModel)
+    if tower.main_input_name in _SOUNDS:
+        return {"audio"}
+    if "video" in (qualname(model, tower) or "").rsplit(".", 1)[-1]:
+        return {"video"}
+    return {"image"}
+
+
+def _separate_video_tower(modalities: dict[nn.Module, set[str]]) -> None:
+    """A tower of its own for video means that the image tower does not see any."""
+    if {"video"} in modalities.values():
+        for kinds in modalities.values():
+            if "image" in kinds:
+                kinds.discard("video")
