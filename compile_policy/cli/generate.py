@@ -1,0 +1,129 @@
+"""``compile-policy generate``: load a model under the policy, ask it something, say what happened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import compile_policy
+from compile_policy.cli.inputs import TINY, Question, encode, question_for
+from compile_policy.cli.plan import Model
+from compile_policy.cli.progress import progress
+from compile_policy.cli.session import Session, loading
+from compile_policy.cli.streaming import AnswerStreamer, Decode
+from compile_policy.cli.tables import print_report
+from compile_policy.config import CompilationConfig
+from compile_policy.errors import InputError
+
+_TINY_TEXT_LEN = 8
+_TINY_IMAGE = (64, 96)
+
+
+def generate(
+    context: typer.Context,
+    model: Model = None,
+    image: Annotated[list[str] | None, typer.Option("--image", metavar="P", help="A picture; may be repeated.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="T", help="What to ask.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="At most this many.")
+    ] = 32,
+    verify: Annotated[bool, typer.Option("--verify", help="Run eager beside it; exit with 1 if unequal.")] = False,
+    dump_graphs: Annotated[
+        str | None, typer.Option("--dump-graphs", metavar="DIR", help="Write the graphs here.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> int:
+    """Load a model under the policy, ask it something, and say what was compiled."""
+    session: Session = context.obj
+    config = session.config()
+    if dump_graphs is not None:
+        config = config.replace(debug_dump_path=dump_graphs)
+    backend = session.backend()
+    with progress(session.terminal, debug=session.debug):
+        run = _prepare(session, backend, model, config, question_for(model, image or [], prompt, backend.EMBEDDED))
+        answer = run.answer(max_new_tokens, None if as_json else session.terminal.stream)
+        session.terminal.close_line()
+        rows = compile_policy.report(run.model).to_dict()["components"]
+        equal = run.equals_eager(max_new_tokens, answer) if verify else None
+    text = run.text(answer)
+    if as_json:
+        print(json.dumps({"text": text, "components": rows, "equal_to_eager": equal}))
+    else:
+        _show(session, config, rows, equal)
+    return 1 if equal is False else 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A loaded model, its inputs, and how its ids become text."""
+
+    model: Any
+    inputs: dict[str, Any]
+    decode: Decode
+    text_of: Callable[[list[int]], str]
+
+    def answer(self, max_new_tokens: int, write: Callable[[str], None] | None) -> list[int]:
+        """Greedy tokens; streamed through ``write`` while they are made."""
+        streamer = None if write is None else AnswerStreamer(self.decode, write)
+        out = self.model.generate(**self.inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+        prompt = 0 if self.model.config.is_encoder_decoder else self.inputs["input_ids"].shape[1]
+        ids: list[int] = out[0, prompt:].tolist()
+        return ids
+
+    def equals_eager(self, max_new_tokens: int, answer: list[int]) -> bool:
+        """Whether the same call gives the same tokens with every region eager."""
+        with compile_policy.eager(self.model):
+            return self.answer(max_new_tokens, None) == answer
+
+    def text(self, ids: list[int]) -> str:
+        return self.text_of(ids)
+
+
+def _prepare(session: Session, backend: Any, name: str | None, config: CompilationConfig, question: Question) -> Run:
+    with loading(name):
+        model = compile_policy.load_model(name, config=config)
+    if name is not None and name.startswith(TINY):
+        _say(session, name, question, "random ids")
+        return Run(model, _tiny_inputs(backend, model, question), lambda ids: " ".join(map(str, ids)), str)
+    with loading(name):
+        processor = backend.load_processor(name)
+    _say(session, name or "embedded", question, question.prompt)
+    tokenizer = getattr(processor, "tokenizer", processor)
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    return Run(model, encode(processor, question), decode, decode)
+
+
+def _tiny_inputs(backend: Any, model: Any, question: Question) -> dict[str, Any]:
+    """Random text, with pictures as large as the ones given; one picture anyway where the model can see."""
+    sees = any(c.role == "encoder[image]" for c in compile_policy.report(model).components)
+    if question.images and not sees:
+        raise InputError("this model takes no pictures.", remedy="Leave --image out, or name a vision-language model.")
+    sizes = [(picture.height, picture.width) for picture in question.images] or [_TINY_IMAGE] * sees
+    inputs: dict[str, Any] = backend.tiny_inputs(model, text_len=_TINY_TEXT_LEN, images=sizes)
+    return inputs
+
+
+def _say(session: Session, name: str, question: Question, prompt: str) -> None:
+    """What is about to happen, before the first compile makes the user wait."""
+    session.terminal.note(f"model   {name}", style="dim")
+    for picture, file in zip(question.images, question.names, strict=True):
+        session.terminal.note(f"image   {file} ({picture.width} x {picture.height})", style="dim")
+    session.terminal.note(f"prompt  {prompt}", style="dim")
+
+
+def _show(session: Session, config: CompilationConfig, rows: list[dict[str, Any]], equal: bool | None) -> None:
+    out = session.terminal.out
+    print_report(out, rows)
+    if equal is not None:
+        out.print(f"equal to eager: {'yes' if equal else 'no'}", style="bold green" if equal else "bold red")
+    dumped = config.debug_dump_path
+    if dumped is not None and Path(dumped).is_dir():
+        session.terminal.note(f"graphs are in {dumped}")

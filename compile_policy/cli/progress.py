@@ -1,0 +1,89 @@
+"""What happens while a model runs, as lines on standard error: a spinner on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.status import Status
+from rich.text import Text
+
+from compile_policy.cli.terminal import Terminal, clean
+from compile_policy.errors import PolicyWarning
+from compile_policy.events import Event, listening
+
+
+class Progress:
+    """A sink for events. One component compiles at a time, so there is one spinner."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self.terminal = terminal
+        self._spinner: Status | None = None
+        self._said: set[str] = set()
+
+    def __call__(self, event: Event) -> None:
+        handle = getattr(self, f"_on_{event.kind}", None)
+        if handle is not None:
+            handle(event)
+
+    def _on_compile_start(self, event: Event) -> None:
+        text = f"compiling {event.component}"
+        if not self.terminal.animated:
+            self.terminal.note(f"{text} ...")
+            return
+        self.stop()
+        self.terminal.close_line()
+        self._spinner = Status(Text(clean(text)), console=self.terminal.err, spinner="dots")
+        self._spinner.start()
+
+    def _on_compile_end(self, event: Event) -> None:
+        self.stop()
+        seconds = event.data.get("seconds")
+        took = f" in {seconds:.1f} s" if isinstance(seconds, int | float) else ""
+        self.terminal.note(f"compiled {event.component}{took}", style="green")
+
+    def _on_fallback(self, event: Event) -> None:
+        self.stop()
+        remedy = str(event.data.get("remedy") or "")
+        self.warn(f"{event.component}: {event.message}", remedy)
+
+    def _on_budget(self, event: Event) -> None:
+        self.warn(f"{event.component}: {event.message}")
+
+    def _on_new_entry(self, event: Event) -> None:
+        self.terminal.note(f"{event.component}: {event.message}", style="yellow")
+
+    def warn(self, message: str, remedy: str = "") -> None:
+        """One warning; the same one, told by an event and by Python's warnings, is printed once."""
+        if message in self._said:
+            return
+        self._said.add(message)
+        self.terminal.warn(f"{message} {remedy}")
+
+    def stop(self) -> None:
+        """Take the spinner away and give the cursor back."""
+        if self._spinner is not None:
+            self._spinner.stop()
+            self._spinner = None
+
+
+@contextmanager
+def progress(terminal: Terminal, *, debug: bool = False) -> Iterator[Progress]:
+    """Show events and our own warnings inside the block; warnings of other packages only with ``debug``."""
+    shown = Progress(terminal)
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **_: Any) -> None:
+        if issubclass(category, PolicyWarning):
+            shown.warn(str(message))
+        elif debug:
+            terminal.warn(f"{category.__name__}: {message}")
+
+    with warnings.catch_warnings(), listening(shown):
+        warnings.simplefilter("default")
+        warnings.showwarning = show
+        try:
+            yield shown
+        finally:
+            shown.stop()

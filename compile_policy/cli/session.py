@@ -1,0 +1,62 @@
+"""What every command starts from: the configuration, the terminal, and the backend."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from compile_policy.cli.inputs import TINY, check_model
+from compile_policy.cli.terminal import Terminal
+from compile_policy.compat import check_versions
+from compile_policy.config import CompilationConfig
+from compile_policy.errors import EnvironmentNotSupported, InputError, PolicyError
+from compile_policy.settings import Flags
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run of a command."""
+
+    terminal: Terminal
+    flags: Flags
+    debug: bool = False
+
+    def config(self) -> CompilationConfig:
+        """The effective configuration: file, environment and flags, later wins."""
+        return CompilationConfig.from_sources(environ=os.environ, flags=self.flags)
+
+    def backend(self) -> Any:
+        """The modelling backend, once the installed versions are known to be supported."""
+        check_installed()
+        from compile_policy.backend import find_backend  # after the check: an old Transformers fails obscurely
+
+        return find_backend()
+
+
+def check_installed() -> None:
+    """Refuse versions of torch and Transformers that are too old, or missing."""
+    try:
+        versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
+    except importlib.metadata.PackageNotFoundError as error:
+        raise EnvironmentNotSupported(f"{error.name} is not installed.", remedy=f"pip install {error.name}") from None
+    check_versions(*versions)
+
+
+@contextmanager
+def loading(name: str | None) -> Iterator[None]:
+    """Turn what a loader raises for a model that isn't there, or isn't whole, into one sentence."""
+    check_model(name)
+    try:
+        yield
+    except PolicyError:
+        raise
+    except (OSError, ValueError) as error:
+        first = next((line for line in str(error).strip().splitlines() if line), type(error).__name__)
+        remedy = "Check the name; a hub id needs the network or an earlier download."
+        if (name or "").startswith(TINY):
+            remedy = "Name an architecture of Transformers, such as tiny:qwen2_5_vl."
+        raise InputError(f"the model {name or 'of the package'} cannot be loaded: {first}", remedy=remedy) from error
