@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import compile_policy
-from compile_policy.cli.inputs import TINY, Question, encode, question_for
+from compile_policy.cli.inputs import TINY, Question, check_model, encode, open_picture, question_for
 from compile_policy.cli.plan import Model
 from compile_policy.cli.progress import progress
 from compile_policy.cli.session import Session, loading
@@ -43,9 +43,11 @@ def generate(
     config = session.config()
     if dump_graphs is not None:
         config = config.replace(debug_dump_path=dump_graphs)
+    check_model(model)
+    pictures = [open_picture(path) for path in image or []]
     backend = session.backend()
     with progress(session.terminal, debug=session.debug):
-        run = _prepare(session, backend, model, config, question_for(model, image or [], prompt, backend.EMBEDDED))
+        run = _prepare(session, backend, model, config, question_for(model, pictures, prompt, backend.EMBEDDED))
         answer = run.answer(max_new_tokens, None if as_json else session.terminal.stream)
         session.terminal.close_line()
         rows = compile_policy.report(run.model).to_dict()["components"]
@@ -104,9 +106,9 @@ def _prepare(session: Session, backend: Any, name: str | None, config: Compilati
 def _tiny_inputs(backend: Any, model: Any, question: Question) -> dict[str, Any]:
     """Random text, with pictures as large as the ones given; one picture anyway where the model can see."""
     sees = any(c.role == "encoder[image]" for c in compile_policy.report(model).components)
-    if question.images and not sees:
+    if question.pictures and not sees:
         raise InputError("this model takes no pictures.", remedy="Leave --image out, or name a vision-language model.")
-    sizes = [(picture.height, picture.width) for picture in question.images] or [_TINY_IMAGE] * sees
+    sizes = [(image.height, image.width) for _, image in question.pictures] or [_TINY_IMAGE] * sees
     inputs: dict[str, Any] = backend.tiny_inputs(model, text_len=_TINY_TEXT_LEN, images=sizes)
     return inputs
 
@@ -114,7 +116,7 @@ def _tiny_inputs(backend: Any, model: Any, question: Question) -> dict[str, Any]
 def _say(session: Session, name: str, question: Question, prompt: str) -> None:
     """What is about to happen, before the first compile makes the user wait."""
     session.terminal.note(f"model   {name}", style="dim")
-    for picture, file in zip(question.images, question.names, strict=True):
+    for file, picture in question.pictures:
         session.terminal.note(f"image   {file} ({picture.width} x {picture.height})", style="dim")
     session.terminal.note(f"prompt  {prompt}", style="dim")
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
@@ -16,13 +17,19 @@ from compile_policy.errors import InputError
 TINY = "tiny:"
 
 
+class Picture(NamedTuple):
+    """A picture and the name of its file."""
+
+    name: str
+    image: Image.Image
+
+
 @dataclass(frozen=True)
 class Question:
     """What is asked of a model: pictures in order, then text."""
 
-    images: tuple[Image.Image, ...]
+    pictures: tuple[Picture, ...]
     prompt: str
-    names: tuple[str, ...] = ()
 
 
 def check_model(name: str | None) -> None:
@@ -60,16 +67,16 @@ def _check_weights(path: Path) -> None:
         size = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length <= size - 8 else None
-        ends = [entry["data_offsets"][1] for name, entry in (header or {}).items() if name != "__metadata__"]
-        whole = header is not None and 8 + length + max(ends, default=0) == size
+            header = json.loads(file.read(min(length, size)))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        whole = 8 + length + max(ends, default=0) == size
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
         raise InputError(f"{path} is damaged or incomplete.", remedy="Fetch the model again.")
 
 
-def open_image(name: str) -> Image.Image:
+def open_picture(name: str) -> Picture:
     """One picture in RGB, whole; whatever is wrong with the file is said in one sentence."""
     path = Path(name).expanduser()
     remedy = "Give a picture that opens in an image viewer, such as a PNG or JPEG file."
@@ -77,7 +84,7 @@ def open_image(name: str) -> Image.Image:
         if path.stat().st_size == 0:
             raise InputError(f"the picture {name} is empty (0 bytes).", remedy=remedy)
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return Picture(path.name, image.convert("RGB"))
     except FileNotFoundError:
         raise InputError(f"there is no picture {name}.", remedy="Check the path; pictures are local files.") from None
     except UnidentifiedImageError:
@@ -87,16 +94,16 @@ def open_image(name: str) -> Image.Image:
         raise InputError(f"the picture {name} cannot be read: {why}.", remedy=remedy) from None
 
 
-def question_for(name: str | None, images: list[str], prompt: str | None, embedded: Path) -> Question:
+def question_for(name: str | None, pictures: Sequence[Picture], prompt: str | None, embedded: Path) -> Question:
     """What to ask: what the user gave, and the demo's picture and question where the embedded model is asked."""
     demo = read_demo(embedded) if name is None else {}
-    if not images and "image" in demo:
-        images = [os.fspath(embedded / demo["image"])]
+    if not pictures and "image" in demo:
+        pictures = [open_picture(os.fspath(embedded / demo["image"]))]
     if prompt is None:
-        prompt = demo.get("prompt") or ("Describe the picture." if images else None)
+        prompt = demo.get("prompt") or ("Describe the picture." if pictures else None)
     if prompt is None and not (name or "").startswith(TINY):
         raise InputError("there is nothing to ask.", remedy="Add --prompt TEXT.")
-    return Question(tuple(open_image(path) for path in images), prompt or "", tuple(Path(path).name for path in images))
+    return Question(tuple(pictures), prompt or "")
 
 
 def read_demo(embedded: Path) -> dict[str, Any]:
@@ -111,7 +118,7 @@ def read_demo(embedded: Path) -> dict[str, Any]:
 
 def encode(processor: Any, question: Question) -> dict[str, Any]:
     """The question as a model's inputs, through its chat template where it has one."""
-    pictures = list(question.images)
+    pictures = [picture.image for picture in question.pictures]
     if pictures and getattr(processor, "image_processor", None) is None:
         raise InputError("this model takes no pictures.", remedy="Leave --image out, or name a vision-language model.")
     tokenizer = getattr(processor, "tokenizer", processor)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from compile_policy.cli.inputs import check_model
 from compile_policy.cli.progress import progress
 from compile_policy.cli.session import Session, loading
 from compile_policy.cli.tables import print_plan
@@ -25,6 +26,7 @@ def plan(
     """Say which components of a model are compiled, which are not, and why."""
     session: Session = context.obj
     config = session.config()
+    check_model(model)
     session.backend()
     import compile_policy
 

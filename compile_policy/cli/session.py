@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from compile_policy.cli.inputs import TINY, check_model
+from compile_policy.cli.inputs import TINY
 from compile_policy.cli.terminal import Terminal
 from compile_policy.compat import check_versions
 from compile_policy.config import CompilationConfig
@@ -49,7 +49,6 @@ def check_installed() -> None:
 @contextmanager
 def loading(name: str | None) -> Iterator[None]:
     """Turn what a loader raises for a model that isn't there, or isn't whole, into one sentence."""
-    check_model(name)
     try:
         yield
     except PolicyError:

@@ -1,4 +1,8 @@
-"""Plan, report and configuration as tables; on a narrow terminal the sentences move below."""
+"""Plan, report and configuration as tables.
+
+A name is never broken and a sentence never squeezed: where the screen is too narrow for all columns, the table keeps
+what is short and the rest stands below it.
+"""
 
 from __future__ import annotations
 
@@ -7,93 +11,138 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from compile_policy.cli.terminal import clean
 
-_STYLES = {"compile": "green", "eager": "default", "skip": "dim"}
-_WIDE = 110
-
 Row = dict[str, Any]
+
+_STYLES = {"compile": "green", "eager": "default", "skip": "dim"}
+_COUNTS = {"graphs": "graphs", "calls": "calls", "compile s": "compile_seconds"}
+_GAP = 2
+_SENTENCE = 32  # columns that a sentence needs to read well
+_SHORT_TABLE = 66  # columns that the table of short things needs
 
 
 def print_report(console: Console, rows: Sequence[Row]) -> None:
     """One row a component: what was decided, why, and what happened."""
-    counts = [("graphs", "graphs"), ("calls", "calls"), ("compile s", "compile_seconds")]
-    fallback = any(row["fallback"] for row in rows)
-    table = _table(console, fallback=fallback, counts=[title for title, _ in counts])
-    for row in rows:
-        cells = [_cell(row[key]) for _, key in counts]
-        _add(console, table, row, cells, fallback=fallback)
-    _print(console, table, rows)
+    _print_components(console, rows, counted=True)
 
 
 def print_plan(console: Console, rows: Sequence[Row], notes: Iterable[str]) -> None:
     """One row a component: what will happen and why, and what would change it."""
-    table = _table(console, fallback=False, counts=[])
-    for row in rows:
-        _add(console, table, row, [], fallback=False)
-    _print(console, table, rows)
+    _print_components(console, rows, counted=False)
     for row in rows:
         if row.get("remedy"):
-            console.print(Text(clean(f"{row['role']}: {row['remedy']}"), style="yellow"))
+            console.print(Text.assemble((f"{clean(row['role'])}: ", "bold"), clean(row["remedy"])))
     for note in notes:
         console.print(Text(clean(f"note: {note}")))
 
 
 def print_config(console: Console, rows: Iterable[tuple[str, Any, str]]) -> None:
     """Field, value, origin; what isn't a default stands out."""
-    table = Table("field", "value", "origin", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = _table()
+    for title in ("field", "value", "origin"):
+        table.add_column(title, overflow="fold")
     for name, value, origin in rows:
-        style = "dim" if origin == "default" else "bold"
-        table.add_row(name, Text(clean(spelled(value))), Text(clean(origin)), style=style)
+        style = "" if origin == "default" else "bold cyan"
+        table.add_row(name, Text(clean(_spelled(value))), Text(clean(origin)), style=style)
     console.print(table)
 
 
-def spelled(value: Any) -> str:
+def _spelled(value: Any) -> str:
     """A configuration value as a file or a flag would spell it."""
-    if value is None or isinstance(value, bool):
-        return {None: "-", True: "true", False: "false"}[value]
-    return str(value)
+    if value is None:
+        return "-"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _table(console: Console, *, fallback: bool, counts: list[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("component", overflow="fold")
-    table.add_column("class", overflow="fold")
-    table.add_column("decision", no_wrap=True)
-    if console.width >= _WIDE:
-        table.add_column("reason", overflow="fold", ratio=1, min_width=24)
-    for title in counts:
-        table.add_column(title, justify="right", no_wrap=True)
-    if counts:
-        # Named also when nothing fell back: that nothing did is what the reader wants to know.
-        table.add_column("fallback", overflow="fold", ratio=1 if fallback else None)
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP, 0, 0), border_style="dim")
+
+
+def _print_components(console: Console, rows: Sequence[Row], *, counted: bool) -> None:
+    if console.width >= _width_of_all(rows, counted=counted):
+        console.print(_full(rows, counted=counted))
+        return
+    tabular = counted and console.width >= _SHORT_TABLE
+    if tabular:
+        console.print(_short(rows))
+        console.print()
+    for row in rows:
+        name = Text.assemble((clean(row["role"]), "bold"), f"  {clean(row['qualname'])}  ", (clean(row["cls"]), "dim"))
+        console.print(name)
+        for line in _sentences(row, counted=counted, tabular=tabular):
+            console.print(Padding(line, (0, 0, 0, 2)))
+
+
+def _width_of_all(rows: Sequence[Row], *, counted: bool) -> int:
+    names = max((max(len(row["role"]), len(row["qualname"])) for row in rows), default=0)
+    classes = max((len(row["cls"]) for row in rows), default=0)
+    width = names + classes + len("decision") + _SENTENCE + 4 * _GAP
+    if counted:
+        width += sum(len(title) + _GAP for title in _COUNTS) + len("fallback")
+        width += _SENTENCE if any(row["fallback"] for row in rows) else 0
+    return width
+
+
+def _full(rows: Sequence[Row], *, counted: bool) -> Table:
+    """Everything in one table."""
+    table = _table()
+    for title in ("component", "class", "decision"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("reason", max_width=72)
+    if counted:
+        _add_counts(table)
+        table.add_column("fallback", max_width=60)
+    for row in rows:
+        name = Text(clean(row["role"]), style="bold")
+        if row["qualname"]:
+            name.append(f"\n{clean(row['qualname'])}", style="not bold dim")
+        cells = [name, Text(clean(row["cls"])), _decision(row), Text(clean(row["reason"]))]
+        if counted:
+            cells += [*_counts(row), _fallback(row["fallback"])]
+        table.add_row(*cells)
     return table
 
 
-def _add(console: Console, table: Table, row: Row, cells: list[str], *, fallback: bool) -> None:
-    name = Text(clean(row["role"]), style="bold")
-    if row["qualname"]:
-        name.append(f"\n{clean(row['qualname'])}", style="not bold dim")
-    decision = Text(clean(row["decision"]), style=_STYLES.get(row["decision"], ""))
-    line: list[Text] = [name, Text(clean(row["cls"])), decision]
-    if console.width >= _WIDE:
-        line.append(Text(clean(row["reason"])))
-    line += [Text(cell) for cell in cells]
-    if cells:
-        reason = row["fallback"]
-        line.append(Text(clean(reason), style="yellow") if reason else Text("-" if fallback else "none", style="dim"))
-    table.add_row(*line)
+def _short(rows: Sequence[Row]) -> Table:
+    """What fits everywhere: roles, decisions, numbers."""
+    table = _table()
+    table.add_column("component", no_wrap=True)
+    table.add_column("decision", no_wrap=True)
+    _add_counts(table)
+    table.add_column("fallback", no_wrap=True)
+    for row in rows:
+        name = Text(clean(row["role"]), style="bold")
+        table.add_row(name, _decision(row), *_counts(row), _fallback("see below" if row["fallback"] else None))
+    return table
 
 
-def _print(console: Console, table: Table, rows: Sequence[Row]) -> None:
-    console.print(table)
-    if console.width < _WIDE:
-        for row in rows:
-            console.print(Text.assemble((clean(row["role"]), "bold"), ": ", clean(row["reason"])))
+def _sentences(row: Row, *, counted: bool, tabular: bool) -> Iterable[Text]:
+    """What the short table leaves out, or all there is when there is no room for a table."""
+    yield Text.assemble((f"{row['decision']}: ", _STYLES.get(row["decision"], "")), clean(row["reason"]))
+    if counted and not tabular:
+        yield Text(", ".join(f"{title} {cell.plain}" for title, cell in zip(_COUNTS, _counts(row), strict=True)))
+    if counted and (row["fallback"] or not tabular):
+        yield Text.assemble("fallback: ", _fallback(row["fallback"]))
 
 
-def _cell(value: Any) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
+def _add_counts(table: Table) -> None:
+    for title in _COUNTS:
+        table.add_column(title, justify="right", no_wrap=True)
+
+
+def _decision(row: Row) -> Text:
+    return Text(clean(row["decision"]), style=_STYLES.get(row["decision"], ""))
+
+
+def _counts(row: Row) -> list[Text]:
+    values = [row[key] for key in _COUNTS.values()]
+    return [Text(f"{value:.1f}" if isinstance(value, float) else str(value)) for value in values]
+
+
+def _fallback(reason: str | None) -> Text:
+    return Text(clean(reason), style="yellow") if reason else Text("none", style="dim")

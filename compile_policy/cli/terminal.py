@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 # A file or a pipe has no width; wide enough for a table with its reasons.
-_WIDTH_OF_NO_TERMINAL = 140
+_WIDTH_OF_NO_TERMINAL = 200
 
 
 def clean(text: str) -> str:
