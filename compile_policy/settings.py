@@ -122,6 +122,7 @@ def _merged(old: dict[Any, Any], new: dict[Any, Any], depth: int) -> dict[Any, A
     result = dict(old)
     for key, value in new.items():
         below = result.get(key)
-        deeper = depth > 1 and isinstance(below, dict) and isinstance(value, dict)
-        result[key] = _merged(below, value, depth - 1) if deeper else value
+        if depth > 1 and isinstance(below, dict) and isinstance(value, dict):
+            value = _merged(below, value, depth - 1)
+        result[key] = value
     return result
