@@ -116,9 +116,10 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """
     cls = model_class(config)
     with torch.device("meta"):
-        model = cls(copy.deepcopy(config))  # building writes into the configuration
+        model: PreTrainedModel = cls(copy.deepcopy(config))  # building writes into the configuration
     assert all(p.is_meta for p in model.parameters()), f"{cls.__name__} allocates while it is built"
-    return model.eval()
+    model.eval()
+    return model
 
 
 def as_model(config_or_model: PreTrainedConfig | nn.Module) -> nn.Module:

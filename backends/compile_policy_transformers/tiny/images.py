@@ -1,4 +1,4 @@
-"""Pixels and placeholder tokens, in the form that an architecture expects."""
+"""Placeholder tokens for images, counted on the features that the model itself computes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-Size = tuple[int, int]
+from .styles import Request, Size, first, one_per_row, style_of
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,15 @@ class Images:
     Attributes:
         tensors: pixel inputs of the whole batch.
         tokens: placeholder ids of each image of one row, markers around it included.
-        token_id: the placeholder.
+        token_id: the placeholder; -1 for models that have none.
     """
 
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, Any]
     tokens: list[torch.Tensor]
     token_id: int
+
+
+NO_IMAGES = Images({}, [], -1)
 
 
 def make_images(model: PreTrainedModel, sizes: list[Size], batch: int, generator: torch.Generator) -> Images:
@@ -34,79 +38,62 @@ def make_images(model: PreTrainedModel, sizes: list[Size], batch: int, generator
     Raises:
         ValueError: the model takes no images.
     """
-    token_id = _first(model.config, "image_token_id", "image_token_index", "media_placeholder_token_id")
-    if token_id is None or not hasattr(model, "get_image_features"):
+    if not sizes:
+        return NO_IMAGES
+    if "image" not in model.input_modalities and feature_method(model) is None:
         raise ValueError(f"{type(model).__name__} takes no images.")
-    style = _style(model)
-    tensors = style(model.config, sizes * batch, generator)
-    counts = [_count(model, style(model.config, [size], torch.Generator().manual_seed(0))) for size in sizes]
-    start = _first(model.config, "vision_start_token_id", "image_start_token_id", "boi_token_id", "boi_token_index")
-    end = _first(model.config, "vision_end_token_id", "image_end_token_id", "eoi_token_id", "eoi_token_index")
-    tokens = []
-    for count in counts:
-        ids = [start] * (start is not None) + [token_id] * count + [end] * (end is not None)
-        tokens.append(torch.tensor(ids))
-    return Images(tensors, tokens, token_id)
+    if one_per_row(model):
+        sizes = sizes[:1]
+    style = style_of(model, feature_method(model))
+    tensors = style(Request(model, sizes, batch, generator))
+    token_id = placeholder(model)
+    if token_id is None:
+        return Images(tensors, [], -1)
+    counts = [_count(model, style(Request(model, [size], 1, torch.Generator().manual_seed(0)))) for size in sizes]
+    return Images(tensors, [_with_markers(model.config, token_id, count) for count in counts], token_id)
 
 
-Style = Callable[[Any, list[Size], torch.Generator], dict[str, torch.Tensor]]
+def placeholder(model: PreTrainedModel) -> int | None:
+    """The token that stands for a piece of an image; ``None`` when images come in another way."""
+    found = first(model.config, "image_token_id", "image_token_index", "image_patch_id", "media_placeholder_token_id")
+    if found is None and (mapping := getattr(model.config, "vocabulary_map", None)):
+        found = mapping["<image>"]
+    return cast("int | None", found)
 
 
-def _style(model: PreTrainedModel) -> Style:
-    accepted = inspect.signature(_feature_method(model)).parameters
-    if "image_grid_thw" in accepted:
-        return grid
-    return fixed
-
-
-def grid(config: Any, sizes: list[Size], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Flattened patches of all images after one another, and their grids (frames, rows, columns)."""
-    vision = config.vision_config
-    patch = vision.patch_size
-    merge = _first(vision, "spatial_merge_size", "merge_size") or 1
-    grids = [(1, _round(h, patch, merge), _round(w, patch, merge)) for h, w in sizes]
-    channels = _first(vision, "in_channels", "num_channels") or 3
-    width = channels * (_first(vision, "temporal_patch_size") or 1) * patch * patch
-    total = sum(t * h * w for t, h, w in grids)
-    return {
-        "pixel_values": torch.randn(total, width, generator=generator),
-        "image_grid_thw": torch.tensor(grids),
-    }
-
-
-def fixed(config: Any, sizes: list[Size], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """One picture of the configured size per image."""
-    vision = config.vision_config
-    side = vision.image_size
-    height, width = side if isinstance(side, (list, tuple)) else (side, side)
-    channels = _first(vision, "in_channels", "num_channels") or 3
-    return {"pixel_values": torch.randn(len(sizes), channels, height, width, generator=generator)}
-
-
-def _round(pixels: int, patch: int, merge: int) -> int:
-    """Patches along one side, a multiple of what is merged into one token."""
-    return max(1, round(pixels / (patch * merge))) * merge
+def _with_markers(config: Any, token_id: int, count: int) -> torch.Tensor:
+    start = first(config, "vision_start_token_id", "image_start_token_id", "boi_token_id", "boi_token_index")
+    end = first(config, "vision_end_token_id", "image_end_token_id", "eoi_token_id", "eoi_token_index")
+    return torch.tensor([start] * (start is not None) + [token_id] * count + [end] * (end is not None))
 
 
 @torch.no_grad()
-def _count(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> int:
-    """Placeholders that one image needs, counted on the features that the model itself computes."""
-    method = _feature_method(model)
+def _count(model: PreTrainedModel, tensors: dict[str, Any]) -> int:
+    method = feature_method(model)
+    if method is None:
+        return int(first(model.config, "num_query_tokens", "image_seq_length", "latent_query_num") or 1)
     accepted = inspect.signature(method).parameters
-    features = method(**{k: v for k, v in tensors.items() if k in accepted})
-    features = getattr(features, "pooler_output", features)
-    parts = features if isinstance(features, (list, tuple)) else [features]
-    return sum(part.shape[:-1].numel() for part in parts)
+    features = method(**{name: value for name, value in tensors.items() if name in accepted})
+    features = first(features, "pooler_output", "deepstack_features") if not _is_plain(features) else features
+    return _rows(features)
 
 
-def _feature_method(model: PreTrainedModel) -> Callable[..., Any]:
-    method: Any = model.get_image_features
-    return cast(Callable[..., Any], method)
+def _is_plain(features: Any) -> bool:
+    return isinstance(features, torch.Tensor) or type(features) in (list, tuple)
 
 
-def _first(config: Any, *names: str) -> Any:
-    for name in names:
-        value = getattr(config, name, None)
-        if value is not None:
-            return value
+def _rows(features: Any) -> int:
+    if isinstance(features, torch.Tensor):
+        return features.shape[:-1].numel()
+    if features and isinstance(features[0], tuple) and isinstance(features[0][0], int):  # (layer, features) pairs
+        return _rows(features[0][1])
+    return sum(_rows(part) for part in features)
+
+
+def feature_method(model: nn.Module) -> Callable[..., Any] | None:
+    """``get_image_features`` of the model, or of what it wraps where the wrapper hides the arguments."""
+    for owner in (model, getattr(model, "model", None), getattr(model, "base_model", None)):
+        method: Any = getattr(owner, "get_image_features", None)
+        if method is not None and "args" not in inspect.signature(method).parameters:
+            return cast(Callable[..., Any], method)
     return None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .extras import add_extras
 from .images import Images, make_images
 from .shrink import FIRST_SPECIAL_ID, FIRST_TEXT_ID
 
@@ -47,12 +48,12 @@ def tiny_inputs(
         raise ValueError(f"text_len is {text_len}: give at least 2 tokens.")
     generator = torch.Generator().manual_seed(seed)
     accepted = set(inspect.signature(model.forward).parameters)
-    block = make_images(model, list(images), batch, generator) if images else Images({}, [], -1)
+    block = make_images(model, list(images), batch, generator)
     rows = [_row(model, text_len - _shorter_by(b, text_len), block, generator) for b in range(batch)]
-    inputs = _pad_left(rows)
+    inputs: dict[str, Any] = _pad_left(rows)
     inputs |= _token_types(inputs["input_ids"], block.token_id, accepted, bool(images))
-    inputs |= block.tensors
-    return inputs
+    inputs |= {name: value for name, value in block.tensors.items() if name in accepted}
+    return add_extras(model, inputs, accepted, len(images), generator)
 
 
 def _shorter_by(row: int, text_len: int) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 import math
-import sys
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 
 from .. import compat
 from ..components import TASKS
-from .overrides import OVERRIDES
+from .overrides import FILL_IN, OVERRIDES
 from .shrink import FIRST_SPECIAL_ID, VOCAB, shrink
 
 GAIN = 1.5  # q and k of unit-variance inputs then give attention scores of deviation about 2: decided, not one-hot
@@ -65,13 +66,19 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
         ValueError: the model type is unknown.
     """
     cls = _model_class(model_type)
-    default = AutoConfig.for_model(model_type)
+    default = AutoConfig.for_model(model_type, **FILL_IN.get(model_type, {}))
     values = shrink(default.to_dict())
-    if "mrope_section" in inspect.getsource(sys.modules[cls.__module__]):
+    if any("mrope_section" in inspect.getsource(module) for module in _modeling_modules(cls, default)):
         _set_mrope_sections(values)
     for path, value in OVERRIDES.get(model_type, {}).items():
         _assign(values, path, value)
     return type(default).from_dict(values)
+
+
+def _modeling_modules(cls: Any, config: PreTrainedConfig) -> list[ModuleType]:
+    """The module of the model, and that of its language model where another architecture lends it."""
+    names = {cls.__module__, type(config.get_text_config()).__module__.replace(".configuration_", ".modeling_")}
+    return [importlib.import_module(name) for name in names]
 
 
 def _model_class(model_type: str) -> Any:
@@ -93,13 +100,13 @@ def _assign(values: dict[str, Any], path: str, value: Any) -> None:
 def _set_mrope_sections(values: dict[str, Any]) -> None:
     """Multimodal rotary embeddings split half the rotated dims in three; the defaults only fit a head_dim of 128."""
     text = values.get("text_config", values)
-    rope = text.get("rope_parameters")
-    if rope is None:
-        return
-    head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    half = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
-    third = half * 3 // 8
-    rope["mrope_section"] = [half - 2 * third, third, third]
+    rope = text.get("rope_parameters") or {}
+    for one in (rope, *rope.values()):
+        if isinstance(one, dict) and "rope_type" in one:
+            head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+            half = int(head_dim * one.get("partial_rotary_factor", 1.0)) // 2
+            third = half * 3 // 8
+            one["mrope_section"] = [half - 2 * third, third, third]
 
 
 @torch.no_grad()

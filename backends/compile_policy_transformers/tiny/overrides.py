@@ -1,15 +1,99 @@
-"""What the names of the fields do not tell: a few values per architecture.
-
-Keys are dotted paths below the configuration; a path that does not exist there is an error, so the table cannot rot.
-"""
+"""What the names of the fields do not tell: a few values per architecture."""
 
 from __future__ import annotations
 
 from typing import Any
 
+# Arguments of the default configuration, before it is shrunk: sub-configurations that default to nothing.
+FILL_IN: dict[str, dict[str, Any]] = {
+    "gemma4": {"vision_config": {}, "audio_config": {}},
+    "gemma4_unified": {"vision_config": {}, "audio_config": {}},
+    "diffusion_gemma": {"vision_config": {}},
+}
+
+_GEMMA3 = {"mm_tokens_per_image": 4}  # 4x4 patches pooled to 2x2 tokens
+_PINPOINTS = [[56, 112], [112, 56], [112, 112]]
+_CODES = range(16)
+
+# Dotted path below the shrunk configuration: value.
 OVERRIDES: dict[str, dict[str, Any]] = {
-    # 4x4 patches pooled to 2x2 tokens
-    "gemma3": {"mm_tokens_per_image": 4},
+    "aria": {"projector_patch_to_query_dict": {16: 8}, "max_value_projector_patch_to_query_dict": 8},
+    "chameleon": {
+        # an image code is named by its digits, written as letters
+        "vocabulary_map": {
+            "<image>": 256,
+            **{f"IMGIMG{chr(65 + i // 10)}{chr(65 + i % 10)}Z": 260 + i for i in _CODES},
+        },
+        "vq_config.num_embeddings": 16,
+        "vq_config.embed_dim": 16,
+        "vq_config.latent_channels": 16,
+        "vq_config.base_channels": 32,
+        "vq_config.channel_multiplier": [1, 1],
+        "vq_config.num_res_blocks": 1,
+        "vq_config.resolution": 8,
+    },
+    "cohere_compass": {
+        "text_config.layer_types": ["sliding_attention", "full_attention"],
+        "text_config.rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "deepseek_ocr2": {
+        "text_config.mlp_layer_types": ["dense", "sparse"],
+        "text_config.num_experts_per_tok": 2,
+        "vision_config.sam_config.downsample_channels": [64, 64],
+        "vision_config.sam_config.output_channels": 64,
+    },
+    "emu3": {
+        "vocabulary_map": {
+            "<image>": 256,
+            "<|extra_200|>": 257,
+            **{f"<|visual token {i:06d}|>": 260 + i for i in _CODES},
+        },
+        "vq_config.codebook_size": 16,
+        "vq_config.base_channels": 32,
+        "vq_config.channel_multiplier": [1, 1],
+        "vq_config.num_res_blocks": 1,
+    },
+    "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [3, 3, 2]},  # height and width are interleaved
+    "diffusion_gemma": {},
+    "dots3_note": {"vision_config.adapter_in_dim": 64, "vision_config.adapter_out_dim": 64},
+    "gemma3": _GEMMA3,
+    "kosmos-2": {"latent_query_num": 4},
+    "kosmos-2.5": {"latent_query_num": 4},
+    "llama4": {"vision_config.intermediate_size": 256, "vision_config.vision_output_dim": 64},
+    "llava_next": {"image_grid_pinpoints": _PINPOINTS},
+    "llava_next_video": {"image_grid_pinpoints": _PINPOINTS},
+    "llava_onevision": {"image_grid_pinpoints": _PINPOINTS},
+    "shieldgemma2": _GEMMA3,
+    "granite4_vision": {
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [[1, 0]],
+        "spatial_target_layers": [0, 1, 0, 1],
+        "image_grid_pinpoints": _PINPOINTS,
+    },
+    "hunyuan_vl": {"text_config.head_dim": 16, "text_config.rope_parameters.mrope_section": [2, 2, 2, 2]},
+    "inkling_mm_model": {"vision_config.n_layers": 6},  # as many as its plan of scales has; fewer need scipy
+    "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 300},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 300},
     # a quarter of head_dim 16 is too little for three rotary sections
     "qwen3_5": {"text_config.rope_parameters.partial_rotary_factor": 0.5, "text_config.head_dim": 32},
+    "qwen4_exp": {
+        "text_config.indexer_n_heads": 2,
+        "text_config.indexer_kv_heads": 1,
+        "text_config.indexer_head_dim": 16,
+        "text_config.indexer_budget": 8,
+        "text_config.indexer_compress_ratio": 2,
+    },
+    "step3p7": {
+        "text_config.layer_types": ["full_attention", "sliding_attention"],
+        "text_config.mlp_layer_types": ["dense", "sparse"],
+        "text_config.sliding_window": 8,
+        "text_config.rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+        },
+    },
+    "vipllava": {"vision_feature_layers": [-2, -1]},
 }

@@ -18,6 +18,7 @@ POSITIONS = 512
 
 _FIXED_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _TOKEN_FIELD = re.compile(r"(_token_id|_token_index|_token_ids|^im_(start|end|newline)_id|_patch_id|^codec_.*_id)$")
+_LAYER_INDICES = re.compile(r"(_indexes|_indices|_idxs|cross_attention_layers|_target_layers)$")
 _NOT_A_MODEL = {"id2label", "label2id"}
 
 
@@ -81,16 +82,35 @@ def _shrink(config: dict[str, Any], tokens: _Tokens) -> dict[str, Any]:
     out: dict[str, Any] = {}
     kept = _kept_layers(config)
     for name, value in config.items():
-        if isinstance(value, dict):
-            out[name] = value if name in _NOT_A_MODEL else _shrink(value, tokens)
+        if name == "per_layer_config" and isinstance(value, dict):
+            out[name] = _shrink_per_layer(value, kept, tokens)
+        elif isinstance(value, dict):
+            is_model = name not in _NOT_A_MODEL and all(isinstance(key, str) for key in value)
+            out[name] = _shrink(value, tokens) if is_model else value
         elif _TOKEN_FIELD.search(name):
             out[name] = tokens.remap(name, value)
-        elif isinstance(value, list) and len(value) == kept.total and name not in ("image_grid_pinpoints",):
-            out[name] = [value[i] for i in kept.indices]
+        elif isinstance(value, list):
+            out[name] = _shrink_list(name, value, kept)
         else:
             out[name] = _apply(name, value, len(kept.indices))
-    _shrink_images(out)
+    _agree(out)
     return out
+
+
+def _shrink_per_layer(values: dict[Any, Any], kept: _Kept, tokens: _Tokens) -> dict[int, Any]:
+    by_layer = {int(layer): value for layer, value in values.items()}
+    return {new: _shrink(by_layer[old], tokens) for new, old in enumerate(kept.indices) if old in by_layer}
+
+
+def _shrink_list(name: str, value: list[Any], kept: _Kept) -> list[Any]:
+    """Per-layer lists keep the entries of the kept layers; lists of layer indices end at the last layer."""
+    if len(value) == kept.total and name != "image_grid_pinpoints":
+        if value == list(range(kept.total)):
+            return list(range(len(kept.indices)))
+        return [_apply(name, value[i], 0) for i in kept.indices]
+    if _LAYER_INDICES.search(name) and value:
+        return [max(len(kept.indices), 2) - 1]
+    return value
 
 
 def _apply(name: str, value: Any, layers: int) -> Any:
@@ -117,7 +137,8 @@ def _kept_layers(config: dict[str, Any]) -> _Kept:
     total = config.get("num_hidden_layers")
     if not isinstance(total, int):
         return _Kept(-1, ())
-    lists = [v for k, v in config.items() if k.endswith(("_types", "_type", "rope_layers")) and _is_per_layer(v, total)]
+    kinds = ("_types", "_type", "rope_layers")
+    lists = [v for k, v in config.items() if k.endswith(kinds) and _is_per_layer(v, total)]
     seen: dict[tuple[Any, ...], int] = {}
     for i in range(total):
         seen.setdefault(tuple(v[i] for v in lists), i)
@@ -134,16 +155,24 @@ def _is_per_layer(value: Any, total: int) -> bool:
     return isinstance(value, list) and len(value) == total
 
 
-def _shrink_images(config: dict[str, Any]) -> None:
-    """Four patches a side: enough for two-by-two merging and for windows."""
+def _agree(config: dict[str, Any]) -> None:
+    """Fields that depend on others of the same configuration."""
+    if isinstance(config.get("kv_lora_rank"), int):  # latent attention has no grouped keys
+        config["num_key_value_heads"] = config["num_attention_heads"]
+    if isinstance(config.get("qk_head_dim"), int) and "qk_nope_head_dim" in config:
+        config["qk_head_dim"] = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
     patch = config.get("patch_size")
-    if not isinstance(patch, int) or ("hidden_size" not in config and "embed_dim" not in config):
-        return
+    if isinstance(patch, int) and ("hidden_size" in config or "embed_dim" in config):
+        _shrink_pictures(config, patch)
+
+
+def _shrink_pictures(config: dict[str, Any], patch: int) -> None:
+    """Four patches a side: enough for two-by-two merging and for windows."""
     if isinstance(config.get("image_size"), int):
         config["image_size"] = 4 * patch
-    if isinstance(config.get("window_size"), int) and config["window_size"] % patch == 0:
-        config["window_size"] = 4 * patch
+    elif isinstance(config.get("image_size"), (list, tuple)):
+        config["image_size"] = [4 * patch] * len(config["image_size"])
+    if isinstance(config.get("window_size"), int):
+        config["window_size"] = 4 * patch if config["window_size"] % patch == 0 else 2  # in pixels, or in patches
     if config.get("deepstack_visual_indexes"):
         config["deepstack_visual_indexes"] = [0]
-    if config.get("fullatt_block_indexes"):
-        config["fullatt_block_indexes"] = [1]
