@@ -90,8 +90,9 @@ def _prepare(session: Session, backend: Any, name: str | None, config: Compilati
     with loading(name):
         model = compile_policy.load_model(name, config=config)
     if name is not None and name.startswith(TINY):
-        _say(session, name, question, "random ids")
-        return Run(model, _tiny_inputs(backend, model, question), lambda ids: " ".join(map(str, ids)), str)
+        inputs = _tiny_inputs(backend, model, question)
+        _say(session, name, question, f"{inputs['input_ids'].shape[1]} random ids; the weights are random too")
+        return Run(model, inputs, lambda ids: " ".join(map(str, ids)), str)
     with loading(name):
         processor = backend.load_processor(name)
     _say(session, name or "embedded", question, question.prompt)
@@ -123,8 +124,10 @@ def _say(session: Session, name: str, question: Question, prompt: str) -> None:
 
 def _show(session: Session, config: CompilationConfig, rows: list[dict[str, Any]], equal: bool | None) -> None:
     out = session.terminal.out
+    out.print()
     print_report(out, rows)
     if equal is not None:
+        out.print()
         out.print(f"equal to eager: {'yes' if equal else 'no'}", style="bold green" if equal else "bold red")
     dumped = config.debug_dump_path
     if dumped is not None and Path(dumped).is_dir():

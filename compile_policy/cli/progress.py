@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.status import Status
-from rich.text import Text
+from rich.progress import Progress as Clock
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from compile_policy.cli.terminal import Terminal, clean
 from compile_policy.errors import PolicyWarning
@@ -16,11 +16,11 @@ from compile_policy.events import Event, listening
 
 
 class Progress:
-    """A sink for events. One component compiles at a time, so there is one spinner."""
+    """A sink for events. One component compiles at a time, so one spinner is enough."""
 
     def __init__(self, terminal: Terminal) -> None:
         self.terminal = terminal
-        self._spinner: Status | None = None
+        self._clock: Clock | None = None
         self._said: set[str] = set()
 
     def __call__(self, event: Event) -> None:
@@ -35,8 +35,10 @@ class Progress:
             return
         self.stop()
         self.terminal.close_line()
-        self._spinner = Status(Text(clean(text)), console=self.terminal.err, spinner="dots")
-        self._spinner.start()
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        self._clock = Clock(*columns, console=self.terminal.err, transient=True)
+        self._clock.add_task(clean(text), total=None)
+        self._clock.start()
 
     def _on_compile_end(self, event: Event) -> None:
         self.stop()
@@ -64,9 +66,9 @@ class Progress:
 
     def stop(self) -> None:
         """Take the spinner away and give the cursor back."""
-        if self._spinner is not None:
-            self._spinner.stop()
-            self._spinner = None
+        if self._clock is not None:
+            self._clock.stop()
+            self._clock = None
 
 
 @contextmanager
