@@ -75,7 +75,7 @@ def _print_components(console: Console, rows: Sequence[Row], *, counted: bool) -
         name = Text.assemble((clean(row["role"]), "bold"), f"  {clean(row['qualname'])}  ", (clean(row["cls"]), "dim"))
         console.print(name)
         for line in _sentences(row, counted=counted, tabular=tabular):
-            console.print(Padding(line, (0, 0, 0, 2)))
+            console.print(Padding(line, (0, 0, 0, 2), expand=False))
 
 
 def _width_of_all(rows: Sequence[Row], *, counted: bool) -> int:
