@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -40,7 +40,7 @@ def make_images(model: PreTrainedModel, sizes: list[Size], batch: int, generator
     """
     if not sizes:
         return NO_IMAGES
-    if "image" not in model.input_modalities and feature_method(model) is None:
+    if not {"image", "video"} & set(model.input_modalities) and feature_method(model) is None:
         raise ValueError(f"{type(model).__name__} takes no images.")
     if one_per_row(model):
         sizes = sizes[:1]
@@ -55,7 +55,7 @@ def make_images(model: PreTrainedModel, sizes: list[Size], batch: int, generator
 
 def placeholder(model: PreTrainedModel) -> int | None:
     """The token that stands for a piece of an image; ``None`` when images come in another way."""
-    found = first(model.config, "image_token_id", "image_token_index", "image_patch_id", "media_placeholder_token_id")
+    found = first(model.config, "image_token_id", "image_token_index", "image_patch_id", "video_token_index")
     if found is None and (mapping := getattr(model.config, "vocabulary_map", None)):
         found = mapping["<image>"]
     return cast("int | None", found)
@@ -69,12 +69,18 @@ def _with_markers(config: Any, token_id: int, count: int) -> torch.Tensor:
 
 @torch.no_grad()
 def _count(model: PreTrainedModel, tensors: dict[str, Any]) -> int:
-    method = feature_method(model)
-    if method is None:
-        return int(first(model.config, "num_query_tokens", "image_seq_length", "latent_query_num") or 1)
+    # a wrapper may take fewer arguments by name than what it wraps
+    methods = list(_feature_methods(model))
+    if not methods:
+        return int(first(model.config, "num_query_tokens") or 1) * tensors["pixel_values"].shape[1]  # frames of a clip
+    method = max(methods, key=lambda m: len(tensors.keys() & inspect.signature(m).parameters.keys()))
     accepted = inspect.signature(method).parameters
     features = method(**{name: value for name, value in tensors.items() if name in accepted})
-    features = first(features, "pooler_output", "deepstack_features") if not _is_plain(features) else features
+    features = (
+        first(features, "pooler_output", "deepstack_features", "last_hidden_state")
+        if not _is_plain(features)
+        else features
+    )
     return _rows(features)
 
 
@@ -92,8 +98,11 @@ def _rows(features: Any) -> int:
 
 def feature_method(model: nn.Module) -> Callable[..., Any] | None:
     """``get_image_features`` of the model, or of what it wraps where the wrapper hides the arguments."""
+    return next(_feature_methods(model), None)
+
+
+def _feature_methods(model: nn.Module) -> Iterator[Callable[..., Any]]:
     for owner in (model, getattr(model, "model", None), getattr(model, "base_model", None)):
         method: Any = getattr(owner, "get_image_features", None)
         if method is not None and "args" not in inspect.signature(method).parameters:
-            return cast(Callable[..., Any], method)
-    return None
+            yield method

@@ -61,12 +61,14 @@ def _shorter_by(row: int, text_len: int) -> int:
 
 
 def _row(model: PreTrainedModel, text_len: int, block: Images, generator: torch.Generator) -> torch.Tensor:
-    top = min(FIRST_SPECIAL_ID, model.config.get_text_config().vocab_size)
-    text = torch.randint(FIRST_TEXT_ID, top, (text_len,), generator=generator)
-    parts = [text[: text_len // 2]]
-    for tokens in block.tokens:
-        parts.append(tokens)
-    return torch.cat([*parts, text[text_len // 2 :]])
+    """Text with the images spread through it: neighbours would look like one image to some architectures."""
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", FIRST_SPECIAL_ID)
+    text = torch.randint(FIRST_TEXT_ID, min(FIRST_SPECIAL_ID, vocabulary), (text_len,), generator=generator)
+    pieces = text.tensor_split(len(block.tokens) + 1)
+    parts = [pieces[0]]
+    for tokens, piece in zip(block.tokens, pieces[1:], strict=True):
+        parts += [tokens, piece]
+    return torch.cat(parts)
 
 
 def _pad_left(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -12,8 +12,15 @@ FILL_IN: dict[str, dict[str, Any]] = {
 }
 
 _GEMMA3 = {"mm_tokens_per_image": 4}  # 4x4 patches pooled to 2x2 tokens
-_PINPOINTS = [[56, 112], [112, 56], [112, 112]]
 _CODES = range(16)
+IMAGE_ID = 310  # for configurations that leave the placeholder to the tokenizer
+_MINICPM = {
+    "image_token_id": IMAGE_ID,
+    "video_token_id": IMAGE_ID + 1,
+    "insert_layer_id": 0,
+    "text_config.rope_parameters.partial_rotary_factor": 0.5,
+}
+_OMNI = {"vision_start_token_id": 312, "vision_end_token_id": 313}
 
 # Dotted path below the shrunk configuration: value.
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -52,32 +59,25 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             **{f"<|visual token {i:06d}|>": 260 + i for i in _CODES},
         },
         "vq_config.codebook_size": 16,
+        "vq_config.hidden_size": 32,
         "vq_config.base_channels": 32,
         "vq_config.channel_multiplier": [1, 1],
         "vq_config.num_res_blocks": 1,
     },
     "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [3, 3, 2]},  # height and width are interleaved
-    "diffusion_gemma": {},
-    "dots3_note": {"vision_config.adapter_in_dim": 64, "vision_config.adapter_out_dim": 64},
     "gemma3": _GEMMA3,
-    "kosmos-2": {"latent_query_num": 4},
-    "kosmos-2.5": {"latent_query_num": 4},
     "llama4": {"vision_config.intermediate_size": 256, "vision_config.vision_output_dim": 64},
-    "llava_next": {"image_grid_pinpoints": _PINPOINTS},
-    "llava_next_video": {"image_grid_pinpoints": _PINPOINTS},
-    "llava_onevision": {"image_grid_pinpoints": _PINPOINTS},
     "shieldgemma2": _GEMMA3,
     "granite4_vision": {
         "downsample_rate": "1/2",
         "deepstack_layer_map": [[1, 0]],
         "spatial_target_layers": [0, 1, 0, 1],
-        "image_grid_pinpoints": _PINPOINTS,
     },
     "hunyuan_vl": {"text_config.head_dim": 16, "text_config.rope_parameters.mrope_section": [2, 2, 2, 2]},
     "inkling_mm_model": {"vision_config.n_layers": 6},  # as many as its plan of scales has; fewer need scipy
-    "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
-    "qwen2_5_omni_thinker": {"vision_start_token_id": 300},
-    "qwen3_omni_moe_thinker": {"vision_start_token_id": 300},
+    "molmo2": {"vision_config.num_position_embeddings": 16, "adapter_config.vision_feature_layer": [1, 0]},
+    "qwen2_5_omni_thinker": _OMNI,
+    "qwen3_omni_moe_thinker": _OMNI,
     # a quarter of head_dim 16 is too little for three rotary sections
     "qwen3_5": {"text_config.rope_parameters.partial_rotary_factor": 0.5, "text_config.head_dim": 32},
     "qwen4_exp": {
@@ -94,6 +94,48 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config.rope_parameters": {
             kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
         },
+    },
+    "blip-2": {"image_token_index": IMAGE_ID},
+    "instructblip": {"image_token_index": IMAGE_ID},
+    "instructblipvideo": {"video_token_index": IMAGE_ID},
+    "diffusion_gemma": {
+        "text_config.num_experts": 4,
+        "text_config.top_k_experts": 2,
+        "text_config.moe_intermediate_size": 32,
+        "canvas_length": 8,
+    },
+    "dots3_note": {
+        "vision_config.adapter_in_dim": 64,
+        "vision_config.adapter_out_dim": 64,
+        "audio_config.adapter_input_size": 64,
+        "audio_config.adapter_out_dim": 64,
+    },
+    "evolla": {"use_cache": True},
+    "florence2": {
+        "vision_config.embed_dim": [32, 32, 32, 64],
+        "vision_config.depths": [1, 1, 1, 1],
+        "vision_config.num_heads": [2, 2, 2, 2],
+        "vision_config.num_groups": [2, 2, 2, 2],
+        "vision_config.window_size": 2,
+    },
+    "janus": {
+        "vq_config.base_channels": 32,
+        "vq_config.channel_multiplier": [1, 1],
+        "vq_config.latent_channels": 16,
+        "vq_config.num_embeddings": 16,
+        "vq_config.num_res_blocks": 1,
+    },
+    "minicpm_ocr": _MINICPM,
+    "minicpmv4_6": _MINICPM,
+    "minicpmv4_7": _MINICPM,
+    "mllama": {"vision_config.vision_output_dim": 128},
+    "muse_glimmer": {"out_hidden_size": 256},
+    "muse_spark": {"out_hidden_size": 256},
+    "nemotron_h_omni": {"image_token_id": IMAGE_ID, "video_token_id": IMAGE_ID + 1},
+    "t5gemma2": {"encoder.mm_tokens_per_image": 4},
+    "unlimited_ocr": {
+        "vision_config.sam_config.downsample_channels": [64, 64],
+        "vision_config.sam_config.output_channels": 64,
     },
     "vipllava": {"vision_feature_layers": [-2, -1]},
 }

@@ -50,6 +50,7 @@ RULES: tuple[Rule, ...] = (
     Rule(r"^(n_group|topk_group|n_shared_experts|moe_num_shared_experts|first_k_dense_replace)$", 1),
     Rule(r"^(hidden_size|hidden_dim|d_model|n_embd|embed_dim|out_hidden_size|.*_hidden_size|projection_dim)$", HIDDEN),
     Rule(r"^(image_token_embed_dim|output_dim|word_embed_proj_dim|.*projector_(in|out)put_dim)$", HIDDEN),
+    Rule(r"^(num_query_tokens|latent_query_num|resampler_n_latents|resampler_num_latents)$", 4),
     Rule(r"^(sliding_window|sliding_window_size|attention_chunk_size)$", WINDOW),
     Rule(r"^(num_position_embeddings|posemb_grid_size)$", 64),
     Rule(r"^max_position_embeddings$", POSITIONS),
@@ -93,7 +94,7 @@ def _shrink(config: dict[str, Any], tokens: _Tokens) -> dict[str, Any]:
             out[name] = _shrink_list(name, value, kept)
         else:
             out[name] = _apply(name, value, len(kept.indices))
-    _agree(out)
+    _agree(config, out)
     return out
 
 
@@ -155,12 +156,17 @@ def _is_per_layer(value: Any, total: int) -> bool:
     return isinstance(value, list) and len(value) == total
 
 
-def _agree(config: dict[str, Any]) -> None:
+def _agree(original: dict[str, Any], config: dict[str, Any]) -> None:
     """Fields that depend on others of the same configuration."""
     if isinstance(config.get("kv_lora_rank"), int):  # latent attention has no grouped keys
         config["num_key_value_heads"] = config["num_attention_heads"]
+        if original.get("head_dim") == original.get("qk_rope_head_dim", -1):
+            config["head_dim"] = config["qk_rope_head_dim"]
     if isinstance(config.get("qk_head_dim"), int) and "qk_nope_head_dim" in config:
         config["qk_head_dim"] = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
+    if config.get("image_grid_pinpoints"):
+        square = config["vision_config"]["image_size"]
+        config["image_grid_pinpoints"] = [[square, 2 * square], [2 * square, square]]
     patch = config.get("patch_size")
     if isinstance(patch, int) and ("hidden_size" in config or "embed_dim" in config):
         _shrink_pictures(config, patch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .styles import Request, Style, Tensors, channels, fixed, nested, patches, side, tiles
+from .styles import Request, Style, Tensors, fixed, nested, patches, side, tiles
 
 
 def blocks(request: Request) -> Tensors:
@@ -40,11 +40,11 @@ def patch_rows(request: Request) -> Tensors:
 
 def flattened(request: Request) -> Tensors:
     """pix2struct, kosmos-2.5: patches that begin with their row and column."""
-    patch = request.vision.patch_size
+    patch, width = 16, request.vision.patch_embed_hidden_size
     h, w = (max(1, pixels // patch) for pixels in request.row_sizes[0])
     rows, columns = torch.meshgrid(torch.arange(1, h + 1), torch.arange(1, w + 1), indexing="ij")
     place = torch.stack([rows.flatten(), columns.flatten()], dim=-1).float().expand(request.batch, -1, -1)
-    values = request.noise(request.batch, h * w, channels(request.vision) * patch * patch)
+    values = request.noise(request.batch, h * w, width)
     return {"flattened_patches": torch.cat([place, values], dim=-1)}
 
 
@@ -88,11 +88,20 @@ def pictures_per_row(request: Request) -> Tensors:
     return {"pixel_values": nested(request)["pixel_values"]}
 
 
+def space_time(request: Request) -> Tensors:
+    """inkling: one patch of frames, rows, columns and channels per token."""
+    vision = request.vision
+    patch, depth = vision.patch_size, vision.temporal_patch_size
+    total = sum(patches(h, patch, 1) * patches(w, patch, 1) for h, w in request.sizes)
+    return {"pixel_values": request.noise(total, depth, patch, patch, 3)}
+
+
 SPECIAL: dict[str, Style] = {
     "deepseek_vl_hybrid": two_towers,
     "fuyu": patch_rows,
     "granite_docling": tiles,
     "idefics": pictures_per_row,
+    "inkling_mm_model": space_time,
     "instructblip": query_text,
     "instructblipvideo": frames,
     "kosmos-2.5": flattened,

@@ -87,6 +87,8 @@ def grid(request: Request) -> Tensors:
         "kimi_k25": (total, channels(vision), patch, patch),
         "inkling2": (total // merge**2, merge * patch, merge * patch, channels(vision)),
     }.get(request.config.model_type, (total, channels(vision) * depth * patch * patch))
+    if request.config.model_type == "inkling2":  # its grid counts merged tokens
+        grids = [(1, h // merge, w // merge) for _, h, w in grids]
     tensors = {"pixel_values": request.noise(*shape), "image_grid_thw": torch.tensor(grids)}
     if request.config.model_type == "video_llama_3":
         tensors["image_merge_sizes"] = torch.full((len(grids),), merge)
@@ -153,13 +155,16 @@ def positioned(request: Request) -> Tensors:
     """Flattened patches per image with their (column, row) positions, -1 for padding."""
     vision = request.vision
     pool = first(vision, "pooling_kernel_size") or 1
-    shapes = [(patches(h, vision.patch_size, pool), patches(w, vision.patch_size, pool)) for h, w in request.sizes]
+    patch = vision.patch_size
+    if hasattr(vision, "model_patch_size"):  # patches come pooled already
+        patch, pool = vision.model_patch_size, 1
+    shapes = [(patches(h, patch, pool), patches(w, patch, pool)) for h, w in request.sizes]
     longest = max(h * w for h, w in shapes)
     positions = torch.full((len(shapes), longest, 2), -1)
     for i, (h, w) in enumerate(shapes):
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
         positions[i, : h * w] = torch.stack([columns.flatten(), rows.flatten()], dim=-1)
-    values = request.noise(len(shapes), longest, 3 * vision.patch_size**2)
+    values = request.noise(len(shapes), longest, 3 * patch**2)
     return {"pixel_values": values, "image_position_ids": positions}
 
 
