@@ -7,6 +7,7 @@ from compile_policy.layers.activation import SiluAndMul as SiluAndMul
 from compile_policy.layers.custom_op import CustomOp as CustomOp
 from compile_policy.layers.custom_op import CustomOps as CustomOps
 from compile_policy.layers.custom_op import use_custom_ops as use_custom_ops
+from compile_policy.layers.head import ParallelLMHead as ParallelLMHead
 from compile_policy.layers.logits import LogitsProcessor as LogitsProcessor
 from compile_policy.layers.norm import RMSNorm as RMSNorm
 from compile_policy.layers.pluggable import PluggableLayer as PluggableLayer
@@ -24,5 +25,4 @@ from compile_policy.layers.registry import registry_state as registry_state
 from compile_policy.layers.replace import Replacements as Replacements
 from compile_policy.layers.replace import replace_layers_ as replace_layers_
 from compile_policy.layers.rotary import RotaryEmbedding as RotaryEmbedding
-from compile_policy.layers.vocab import ParallelLMHead as ParallelLMHead
 from compile_policy.layers.vocab import VocabParallelEmbedding as VocabParallelEmbedding

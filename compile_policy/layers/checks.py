@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 
 from compile_policy.layers.identity import qualified
@@ -47,6 +48,23 @@ def find_target(claim: Claim, layers: Sequence[LayerRecord]) -> type | None:
         names = ", ".join(sorted(qualified(c) for c in found))
         raise LayerError(f"{claim} overrides {claim.target!r}, which may be {names}.", remedy="Write module:Class.")
     return found[0] if found else None
+
+
+def import_target(claim: Claim) -> type:
+    """The class that a claim on a model's class is about.
+
+    Raises:
+        LayerError: ``module:Class`` that cannot be imported.
+    """
+    if isinstance(claim.target, type):
+        return claim.target
+    module, _, name = claim.target.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise LayerError(f"{claim} overrides {claim.target!r}, which is not there: {error}.") from None
+    assert isinstance(found, type)
+    return found
 
 
 def conflicts(target: str, rivals: Sequence[Claim]) -> list[str]:

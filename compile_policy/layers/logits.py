@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from compile_policy.layers.pluggable import PluggableLayer
 from compile_policy.layers.shards import in_id_order
-from compile_policy.layers.vocab import ParallelLMHead
+
+if TYPE_CHECKING:
+    from compile_policy.layers.head import ParallelLMHead
 
 
 @PluggableLayer.register("logits_processor")

@@ -43,13 +43,13 @@ def _prove_state_dict(cls: type, layer: nn.Module, args: tuple[Any, ...], kwargs
     compare_state_dicts(reference, layer)
 
 
-def compare_state_dicts(reference: nn.Module, layer: nn.Module) -> None:
-    """Refuse ``layer`` unless its state dict has the names, shapes and dtypes of the reference's.
+def compare_state_dicts(reference: nn.Module, layer: nn.Module, *, dtypes: bool = True) -> None:
+    """Refuse ``layer`` unless its state dict has the names, shapes and (``dtypes``) dtypes of the reference's.
 
     Raises:
         LayerError: the first differences, by name.
     """
-    wanted, found = _signature(reference), _signature(layer)
+    wanted, found = _signature(reference, dtypes), _signature(layer, dtypes)
     differing = [
         f"{key}: {wanted.get(key, 'absent')} became {found.get(key, 'absent')}"
         for key in sorted(wanted.keys() | found.keys())
@@ -64,8 +64,9 @@ def compare_state_dicts(reference: nn.Module, layer: nn.Module) -> None:
         )
 
 
-def _signature(module: nn.Module) -> dict[str, str]:
-    return {k: f"{tuple(v.shape)} {v.dtype}" for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
+def _signature(module: nn.Module, dtypes: bool) -> dict[str, str]:
+    tensors = {k: v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
+    return {k: f"{tuple(v.shape)} {v.dtype if dtypes else ''}".rstrip() for k, v in tensors.items()}
 
 
 class Layer(nn.Module, metaclass=LayerMeta):
@@ -113,9 +114,9 @@ class Layer(nn.Module, metaclass=LayerMeta):
     ) -> Any:
         """Class decorator: build the decorated class wherever a layer is asked for.
 
-        ``@InTree.register_oot``, with or without arguments, overrides ``InTree``. On the base,
-        ``@PluggableLayer.register_oot(name=...)`` names the layer, which need not exist yet: by its registered name, its
-        class name or ``module:Class``.
+        ``@InTree.register_oot``, with or without arguments, overrides ``InTree``. On the base class,
+        ``@PluggableLayer.register_oot(name=...)`` names the layer, which need not exist yet: by its registered name,
+        its class name or ``module:Class``.
 
         Args:
             name: the layer, when ``cls`` is not the layer itself.
@@ -167,8 +168,12 @@ def override(target: type | str, *, priority: int = 0, state_dict_compatible: bo
         state_dict_compatible: allow a class that is no subclass; the model's state dict is compared after building.
 
     Raises:
-        LayerError: the class can't take that place (found when a scope is entered).
+        LayerError: the target is a bare name. That the class cannot take its place is found when a scope is entered.
     """
+    if isinstance(target, str) and ":" not in target:
+        raise LayerError(
+            f"override was given {target!r}, a name that several modules may use.", remedy="Write module:Class."
+        )
 
     def decorate(cls: C) -> C:
         registry.add_claims([Claim(target, cls, "model", origin_of(cls), priority, state_dict_compatible)])

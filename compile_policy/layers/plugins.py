@@ -1,8 +1,8 @@
 """Layers and overrides that installed packages bring, found by entry point.
 
-A package declares ``[project.entry-points."compile_policy.layers"]`` with ``name = "its.module"``, which registers when it
-is imported, or ``name = "its.module:function"``, which is called without arguments. A plug-in that fails is left out as a
-whole and named; the overrides of the others are applied together, after all of them are known.
+A package declares ``[project.entry-points."compile_policy.layers"]`` with ``name = "its.module"``, which registers when
+it is imported, or ``name = "its.module:function"``, which is called without arguments. A plug-in that fails is left out
+as a whole and named; the overrides of the others are applied together, after all of them are known.
 """
 
 from __future__ import annotations

@@ -154,9 +154,8 @@ def dead_claims() -> tuple[Claim, ...]:
 def count_of(claim: Claim) -> int:
     """How many instances ``claim`` replaced."""
     target = find_target(claim, _snapshot.layers)
-    return sum(
-        n for (asked, made), n in _built.items() if issubclass(made, claim.cls) and asked in (target, claim.target)
-    )
+    name = claim.target_name if target is None else qualified(target)
+    return sum(n for (asked, made), n in _built.items() if issubclass(made, claim.cls) and qualified(asked) == name)
 
 
 def check_claims(*, strict: bool = False) -> None:

@@ -137,7 +137,10 @@ def _carry_state(new: nn.Module, old: nn.Module) -> None:
     old.train(new.training)
     if new._parameters is old._parameters:
         return
-    state, own = new.state_dict(keep_vars=True), old.state_dict(keep_vars=True)
+    own = old.state_dict(keep_vars=True)
+    # a split layer gathers; all ranks restore together
+    gather: Any = getattr(new, "whole_state_dict", None)
+    state = new.state_dict(keep_vars=True) if gather is None or not _is_split(new) else gather()
     moved = [k for k, v in state.items() if k in own and own[k] is not v]
     if not moved:
         return
@@ -147,3 +150,7 @@ def _carry_state(new: nn.Module, old: nn.Module) -> None:
             remedy="Save and load the model instead.",
         )
     old.load_state_dict({k: v.detach() for k, v in state.items()}, assign=True)
+
+
+def _is_split(layer: Any) -> bool:
+    return bool(getattr(getattr(layer, "group", None), "size", 1) > 1)

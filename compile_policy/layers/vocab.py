@@ -1,13 +1,13 @@
-"""Embedding and head whose rows are split over ranks.
+"""An embedding whose rows are split over ranks.
 
-After vLLM's ``VocabParallelEmbedding`` and ``ParallelLMHead``, themselves after Megatron-LM's vocabulary-parallel
+After vLLM's ``VocabParallelEmbedding``, itself after Megatron-LM's vocabulary-parallel
 embedding (Shoeybi et al., 2019). docs/layers.md lists what differs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,12 +16,10 @@ from torch import nn
 
 from compile_policy.layers.pluggable import PluggableLayer
 from compile_policy.layers.records import LayerError
-from compile_policy.layers.shards import ShardGroup, vocab_shards
-
-if TYPE_CHECKING:
-    from compile_policy.layers.logits import LogitsProcessor
+from compile_policy.layers.shards import ShardGroup, in_id_order, vocab_shards
 
 DEFAULT_PADDING = 64
+V = TypeVar("V", bound="VocabParallelEmbedding")
 
 
 @PluggableLayer.register("vocab_parallel_embedding")
@@ -174,6 +172,37 @@ class VocabParallelEmbedding(PluggableLayer):
             whole = tensor if self.shard.rows == self.num_embeddings else torch.cat(parts)
             destination[prefix + name] = whole
 
+    def whole_state_dict(self) -> dict[str, torch.Tensor]:
+        """The ordinary tensors, without padding, on every rank. All ranks have to call it."""
+        out = {}
+        for name, parameter in self.named_parameters(recurse=False):
+            columns = self.group.all_gather_last(parameter.detach().movedim(0, -1))
+            out[name] = in_id_order(columns, self.shards).movedim(-1, 0).contiguous()
+        return out
+
+    @classmethod
+    def from_layer(
+        cls, layer: nn.Embedding, *, group: dist.ProcessGroup | None = None, padding_size: int = 1
+    ) -> VocabParallelEmbedding:
+        """Take the place of an ordinary embedding; on one rank without padding, with the same parameter.
+
+        Raises:
+            LayerError: the embedding does more than look up (it rescales its rows, or is a class of its own).
+        """
+        if type(layer) is not nn.Embedding or layer.max_norm is not None:
+            raise LayerError(
+                f"{type(layer).__name__} is no plain Embedding.", remedy="Write a layer of your own that does the same."
+            )
+        new: VocabParallelEmbedding = cls(
+            layer.num_embeddings,
+            layer.embedding_dim,
+            layer.weight.dtype,
+            padding_size=padding_size,
+            padding_idx=layer.padding_idx,
+            group=group,
+        )
+        return take_weights(new, layer)
+
     def extra_repr(self) -> str:
         return (
             f"{self.num_embeddings}, {self.embedding_dim}, org_vocab_size={self.org_vocab_size}, "
@@ -181,68 +210,11 @@ class VocabParallelEmbedding(PluggableLayer):
         )
 
 
-@PluggableLayer.register("parallel_lm_head")
-class ParallelLMHead(VocabParallelEmbedding):
-    """Hidden states [..., embedding_dim] -> logits [..., token ids].
-
-    With ``logits_processor`` a call gives the whole logits, as an ordinary ``lm_head`` does; without one it gives this
-    rank's rows, padding included, and a `LogitsProcessor` that takes the head as argument does the rest, as in vLLM.
-
-    Args:
-        bias: whether there is one.
-        logits_processor: gathers, cuts and scales.
-        others: as in `VocabParallelEmbedding`.
-    """
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        bias: bool = False,
-        params_dtype: torch.dtype | None = None,
-        org_num_embeddings: int | None = None,
-        padding_size: int = DEFAULT_PADDING,
-        *,
-        group: dist.ProcessGroup | None = None,
-        logits_processor: LogitsProcessor | None = None,
-    ) -> None:
-        super().__init__(num_embeddings, embedding_dim, params_dtype, org_num_embeddings, padding_size, group=group)
-        self.logits_processor = logits_processor
-        if bias:
-            self.bias = self._new_parameter((self.shard.rows,), params_dtype)
-            self.reset_parameters()
-
-    def tie_weights(self, embedding: VocabParallelEmbedding) -> ParallelLMHead:
-        """Use the embedding's weight, the same parameter.
-
-        Raises:
-            LayerError: the embedding is split or padded in another way.
-        """
-        if embedding.shards != self.shards or embedding.embedding_dim != self.embedding_dim:
-            raise LayerError("The embedding is split in another way than the head.", remedy="Give both the same sizes.")
-        self.weight = embedding.weight
-        return self
-
-    def local_logits(
-        self, hidden_states: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
-        """[..., embedding_dim] -> [..., rows of this rank]; ``bias`` instead of the head's own, computed in ``dtype``.
-
-        Raises:
-            LayerError: a gradient is wanted through a head that is split.
-        """
-        if self.group.size > 1 and torch.is_grad_enabled() and hidden_states.requires_grad:
-            raise LayerError(
-                "A head that is split over ranks carries no gradient.", remedy="Use torch.inference_mode()."
-            )
-        bias = self.bias if bias is None else bias
-        if dtype is None or dtype == hidden_states.dtype:
-            return F.linear(hidden_states, self.weight, bias)
-        return F.linear(hidden_states.to(dtype), self.weight.to(dtype), None if bias is None else bias.to(dtype))
-
-    # vLLM's head is an embedding too; it shares its rows with one, not its signature
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | None:  # type: ignore[override]
-        if self.logits_processor is None:
-            return self.local_logits(hidden_states)
-        logits: torch.Tensor | None = self.logits_processor(self, hidden_states)
-        return logits
+def take_weights(new: V, old: nn.Module) -> V:
+    """The parameters of an ordinary layer: the same ones where nothing is split or padded, else this rank's rows."""
+    for name, parameter in old.named_parameters(recurse=False):
+        if new.shard.rows == new.num_embeddings:
+            new.register_parameter(name, parameter)
+        else:
+            new.to(parameter.device).load_rows_(name, parameter)
+    return new
