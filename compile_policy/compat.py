@@ -93,3 +93,10 @@ def autocast_state() -> tuple[Any, ...]:
     return tuple(
         (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
     )
+
+
+def original_error(error: BaseException) -> BaseException:
+    """What went wrong, without the wrappers that Dynamo puts round a backend's exception."""
+    while isinstance(inner := getattr(error, "inner_exception", None), BaseException):
+        error = inner
+    return error

@@ -11,8 +11,9 @@ import torch.utils._pytree as pytree
 
 from compile_policy.call_key import Call, adapter_for, collect_state, public_value, rebuild
 from compile_policy.errors import NotCompilable
-from compile_policy.example import copies, synthetic
+from compile_policy.example import copies
 from compile_policy.lowering import CompiledGraph, Lowering, compile_call
+from compile_policy.shapes import Labels
 
 #: Largest error of a compiled entry against eager on the example, relative to the largest value of the tensor.
 #: Fusion keeps intermediates in higher precision than eager does, so low precisions get room for a few roundings.
@@ -59,7 +60,7 @@ class Entry:
         tensors = iter(self.graph.run(call.leaves))
         result = self.output.build(tensors, call.values)
         for name, spec in call.spec:
-            if self.state_sizes.get(name):
+            if spec[0] == "adapted":
                 state = [next(tensors) for _ in range(self.state_sizes[name])]
                 _write_back(spec, call.values[name], state)
         return result
@@ -76,15 +77,23 @@ def _write_back(spec: Any, value: Any, state: list[torch.Tensor]) -> None:
 
 
 def build_entry(
-    module: torch.nn.Module, call: Call, lowering: Lowering, on_capture: Callable[[], None]
+    module: torch.nn.Module,
+    call: Call,
+    example: list[torch.Tensor],
+    labels: Sequence[Labels],
+    lowering: Lowering,
+    on_capture: Callable[[], None],
 ) -> Entry:
-    """Trace, lower and check one entry on a synthetic example, which gives one graph for all sizes.
+    """Trace, lower and check one entry.
+
+    Args:
+        example: the tensors to trace on, with ``labels`` for their dims.
+        on_capture: called before each capture, to count it.
 
     Raises:
         NotCompilable: the result cannot come out of a graph, or differs from eager.
-        Exception: what capture or lowering raised.
+        Exception: what the component, capture or lowering raised.
     """
-    example = synthetic(call.leaves, call.labels, call.fillers)
     try:
         reference = _Reference(module, call, example)
     except NotCompilable:
@@ -92,7 +101,7 @@ def build_entry(
     except Exception as error:
         raise NotCompilable(f"the component does not run on a synthetic example: {_first_line(error)}") from error
     on_capture()
-    graph = compile_call(reference.traceable(), example, call.labels, lowering)
+    graph = compile_call(reference.traceable(), example, labels, lowering)
     entry = Entry(call.description(), graph, reference.output, reference.state_sizes)
     entry.max_error = reference.check(graph)
     return entry

@@ -6,7 +6,8 @@ sizes 0 and 1 as constants. Values are random but reproducible, so that the comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 
@@ -42,6 +43,24 @@ def synthetic(
         value = value.to(leaf.device).contiguous()
         result.append(value.requires_grad_(leaf.requires_grad))
     return result
+
+
+class Shaped(Protocol):
+    """What of a call an example is made from."""
+
+    leaves: list[torch.Tensor]
+    labels: list[Labels]
+    fillers: list[Filler | None]
+
+
+def examples(call: Shaped) -> Iterator[tuple[list[torch.Tensor], list[Labels]]]:
+    """Examples to trace on, most general first, each with the labels of its dims.
+
+    The second has the call's own sizes, with 0 and 1 as constants: for a component that treats those apart.
+    """
+    yield synthetic(call.leaves, call.labels, call.fillers), call.labels
+    given = [tuple(n if s > 1 else None for s, n in zip(t.shape, ls, strict=True)) for t, ls in zip(call.leaves, call.labels, strict=True)]
+    yield copies(call.leaves), given
 
 
 def copies(leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:

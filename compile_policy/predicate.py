@@ -51,16 +51,9 @@ def conditions_of(env: Any, leaves: Sequence[torch.Tensor], shapes: Mapping[int,
         leaves: the example's tensors.
         shapes: leaf index -> traced (symbolic) shape, for leaves that are inputs of the graph.
     """
-    names: dict[sympy.Symbol, str] = {}
-    conditions: list[str] = []
-    for i, shape in sorted(shapes.items()):
-        for dim, size in enumerate(shape):
-            conditions += _dim_condition(names, f"s[{i}][{dim}]", size)
-    for symbol, sources in symbol_sources(env).items():
-        for source in sources:
-            place = leaf_dim_of_source(source)
-            if place is not None and place[0] < len(leaves):
-                names.setdefault(symbol, f"s[{place[0]}][{place[1]}]")
+    places = [(f"s[{i}][{d}]", size) for i, shape in sorted(shapes.items()) for d, size in enumerate(shape)]
+    names = _first_places(places, env, len(leaves))
+    conditions = [c for place, size in places for c in _dim_condition(names, place, size)]
     printer = _Printer(names)
     for guard in env.guards:
         if not guard.expr.free_symbols or any(o in guard_origin(guard) for o in _IGNORABLE_ORIGINS):
@@ -72,14 +65,25 @@ def conditions_of(env: Any, leaves: Sequence[torch.Tensor], shapes: Mapping[int,
     return ShapeConditions(conditions)
 
 
-def _dim_condition(names: dict[sympy.Symbol, str], place: str, size: Any) -> list[str]:
+def _first_places(places: Sequence[tuple[str, Any]], env: Any, n_leaves: int) -> dict[sympy.Symbol, str]:
+    """symbol -> one place where its value can be read off the leaves."""
+    names: dict[sympy.Symbol, str] = {}
+    for place, size in places:
+        if not isinstance(size, int) and isinstance(size.node.expr, sympy.Symbol):
+            names.setdefault(size.node.expr, place)
+    for symbol, sources in symbol_sources(env).items():
+        for source in sources:
+            leaf = leaf_dim_of_source(source)
+            if leaf is not None and leaf[0] < n_leaves:
+                names.setdefault(symbol, f"s[{leaf[0]}][{leaf[1]}]")
+    return names
+
+
+def _dim_condition(names: Mapping[sympy.Symbol, str], place: str, size: Any) -> list[str]:
     if isinstance(size, int):
         return [f"{place} == {size}"]
-    expr = size.node.expr
-    if isinstance(expr, sympy.Symbol) and expr not in names:
-        names[expr] = place
-        return []
-    return [f"{place} == {_Printer(names).doprint(expr)}"]
+    expr = _Printer(names).doprint(size.node.expr)
+    return [] if expr == place else [f"{place} == {expr}"]
 
 
 class _Printer(PythonPrinter):

@@ -9,11 +9,10 @@ from __future__ import annotations
 import inspect
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-from collections.abc import Iterator
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -22,7 +21,7 @@ from compile_policy.call_key import Call, make_call
 from compile_policy.entry import Entry, build_entry
 from compile_policy.errors import BudgetExceeded, CompileFault, NotCompilable
 from compile_policy.events import emit
-from compile_policy.example import Filler
+from compile_policy.example import Filler, examples
 from compile_policy.fingerprint import Fingerprint
 from compile_policy.lowering import Lowering, lower_with
 from compile_policy.plan import ComponentReport
@@ -192,25 +191,35 @@ class Region:
                 raise NotCompilable(self.refused[call.key])
             self._check_budget()
             self._announce(call)
-            started = time.perf_counter()
-            try:
-                with self.pause(), self.binder.tracing(self.module):
-                    entry = build_entry(self.module, call, self.options.lowering(), self._count_capture)
-            except NotCompilable as why:
-                self.refused[call.key] = why.reason
-                raise
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException as error:
-                self._fault(call, error)
-            seconds = time.perf_counter() - started
-            self.compile_seconds += seconds
-            entry.seconds = seconds
-            self.entries.setdefault(call.key, []).append(entry)
-            emit("compile_end", self.name, f"compiled in {seconds:.1f} s", seconds=seconds, entries=self.entry_count())
-            if self.options.dump is not None:
-                self.options.dump(self, entry)
-            return entry
+            for example, labels in examples(call):
+                entry = self._build(call, example, labels)
+                if entry.graph.accepts(call.leaves):
+                    return entry
+            # Kept for the sizes it holds for, but never run for this call, and not tried again.
+            reason = f"the graph does not hold for these sizes: {'; '.join(entry.graph.accepts.failing(call.leaves)[:3])}"
+            self.refused[call.key] = reason
+            raise NotCompilable(reason)
+
+    def _build(self, call: Call, example: list[torch.Tensor], labels: Sequence[Labels]) -> Entry:
+        started = time.perf_counter()
+        try:
+            with self.pause(), self.binder.tracing(self.module):
+                entry = build_entry(self.module, call, example, labels, self.options.lowering(), self._count_capture)
+        except NotCompilable as why:
+            self.refused[call.key] = why.reason
+            raise
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            self._fault(call, error)
+        finally:
+            self.compile_seconds += time.perf_counter() - started
+        entry.seconds = time.perf_counter() - started
+        self.entries.setdefault(call.key, []).append(entry)
+        emit("compile_end", self.name, f"compiled in {entry.seconds:.1f} s", seconds=entry.seconds)
+        if self.options.dump is not None:
+            self.options.dump(self, entry)
+        return entry
 
     def _count_capture(self) -> None:
         self.graphs += 1
@@ -236,10 +245,11 @@ class Region:
             difference = known[-1].difference(call)
             emit("new_entry", self.name, f"another graph is needed: {difference}", difference=difference)
 
-    def _fault(self, call: Call, error: BaseException) -> Any:
+    def _fault(self, call: Call, error: BaseException) -> NoReturn:
         """Remember that this key cannot be compiled; ``on_fault="error"`` raises the original."""
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        reason = f"compiling failed with {type(error).__name__}: {first_line[:300]}"
+        cause = compat.original_error(error)
+        first_line = (str(cause).strip().splitlines() or [""])[0]
+        reason = f"compiling failed with {type(cause).__name__}: {first_line[:300]}"
         self.refused[call.key] = reason
         if self.options.on_fault == "error":
             raise CompileFault(f"{self.name}: {reason}") from error

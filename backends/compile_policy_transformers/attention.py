@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
@@ -62,22 +62,20 @@ def dense_attention(
     if attention_mask is None and causal:
         raise RuntimeError(f"{type(module).__name__} is causal and was called without a mask")
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = _repeat(key, groups), _repeat(value, groups)
+    explicit = softcap is not None or s_aux is not None
+    # The CPU kernel reads grouped heads in place, under a mask too; elsewhere a mask would mean the slow fallback.
+    in_place = groups > 1 and query.device.type == "cpu" and not explicit
+    if groups > 1 and not in_place:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if position_bias is not None:
         attention_mask = _with_bias(attention_mask, position_bias, query.dtype)
-    if softcap is not None or s_aux is not None:
+    if explicit:
         out = _explicit(query, key, value, attention_mask, scaling, softcap, s_aux)
     else:
         out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
+            query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=in_place
         )
     return out.transpose(1, 2).contiguous(), None
-
-
-def _repeat(x: torch.Tensor, groups: int) -> torch.Tensor:
-    batch, heads, length, dim = x.shape
-    return x[:, :, None].expand(batch, heads, groups, length, dim).reshape(batch, heads * groups, length, dim)
 
 
 def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -149,7 +147,9 @@ def _batched(x: torch.Tensor, count: int, length: int) -> torch.Tensor:
 
 
 @varlen_attention.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float) -> torch.Tensor:
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+) -> torch.Tensor:
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 

@@ -26,7 +26,8 @@ from compile_policy.call_key import Leaves, register_adapter
 from compile_policy.errors import NotCompilable
 
 #: Labels of the dims that vary. A full dynamic layer and a sliding one hold different lengths.
-PAST, SLIDING_PAST, SLOTS, SLIDING_SLOTS = "past", "sliding_past", "slots", "sliding_slots"
+PAST, SLIDING_PAST, SLIDING_KEPT = "past", "sliding_past", "sliding_kept"
+SLOTS, SLIDING_SLOTS = "slots", "sliding_slots"
 
 
 @dataclass(frozen=True)
@@ -55,33 +56,16 @@ class _TracedDynamic(DynamicLayer):
         return self.keys.shape[-2]
 
 
-class _TracedSliding(_TracedDynamic):
-    """`DynamicSlidingWindowLayer` without Python branches: keeps the last ``window - 1`` states."""
+class _TracedSliding(DynamicLayer):
+    """`DynamicSlidingWindowLayer` and `StaticSlidingWindowLayer` without their Python branches.
 
-    is_sliding = True
-    sliding_window: int
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        full_keys = torch.cat([self.keys, key_states], dim=-2)
-        full_values = torch.cat([self.values, value_states], dim=-2)
-        start = torch.sym_max(full_keys.shape[-2] - self.sliding_window + 1, 0)
-        self.keys = full_keys[:, :, start:].contiguous()
-        self.values = full_values[:, :, start:].contiguous()
-        return full_keys, full_values
-
-    def get_seq_length(self) -> int:
-        raise NotCompilable("the decoder asks a sliding layer for its length inside the graph")
-
-
-class _TracedStaticSliding(StaticSlidingWindowLayer):
-    """`StaticSlidingWindowLayer` whose three cases (below, crossing, full) are one.
-
-    Attention sees all slots followed by the new states; the mask says which of them count (`sliding_mask`).
-    ``select`` says which of slots and new states stay: an index chosen outside the graph (`slots_to_keep`).
+    Attention sees all that is held followed by the new states. ``select`` says which of both stay: an index chosen
+    outside the graph (`states_to_keep`, `slots_to_keep`), so that one graph serves a layer that is filling up,
+    overflowing or full.
     """
 
+    is_sliding = True
+    in_place: bool
     select: torch.Tensor
 
     def update(
@@ -89,12 +73,21 @@ class _TracedStaticSliding(StaticSlidingWindowLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         full_keys = torch.cat([self.keys, key_states], dim=-2)
         full_values = torch.cat([self.values, value_states], dim=-2)
-        self.keys.copy_(full_keys.index_select(2, self.select))
-        self.values.copy_(full_values.index_select(2, self.select))
+        keys, values = full_keys.index_select(2, self.select), full_values.index_select(2, self.select)
+        if self.in_place:
+            self.keys.copy_(keys)
+            self.values.copy_(values)
+        else:
+            self.keys, self.values = keys, values
         return full_keys, full_values
 
     def get_seq_length(self) -> int:
         raise NotCompilable("the decoder asks a sliding layer for its length inside the graph")
+
+
+def states_to_keep(window: int, held: int, new: int, device: torch.device) -> torch.Tensor:
+    """Index into (held | new states) of what a sliding dynamic layer holds after this call: the last window - 1."""
+    return torch.arange(max(held + new - window + 1, 0), held + new, device=device)
 
 
 def slots_to_keep(slots: int, seen: int, new: int, device: torch.device) -> torch.Tensor:
@@ -112,7 +105,7 @@ def slots_to_keep(slots: int, seen: int, new: int, device: torch.device) -> torc
 
 
 def sliding_mask(mask: torch.Tensor, slots: int, seen: int) -> torch.Tensor:
-    """A mask made for the stock layer, rearranged for `_TracedStaticSliding`.
+    """A mask made for the stock layer, rearranged for `_TracedSliding`.
 
     Args:
         mask: (batch, 1, new, keys) as Transformers builds it: one column per slot while the layer is filling up, one
@@ -171,18 +164,20 @@ class _CacheAdapter:
         cache = value.cache
         if cache.offloading:
             raise NotCompilable("the cache is offloaded", remedy="Use a cache that stays on the device.")
-        selects: dict[tuple[int, int], int] = {}
+        selects: dict[tuple[str, int, int], int] = {}
         layers = tuple(
-            self._flatten_layer(layer, value.query_length, selects, out, f"{path}.layers[{i}]")
+            self._flatten_layer(layer, selects, out, f"{path}.layers[{i}]")
             for i, layer in enumerate(cache.layers)
         )
-        for (slots, seen), n in selects.items():
-            index = slots_to_keep(slots, seen, value.query_length, cache.layers[0].keys.device)
-            out.add(index, f"{path}.select[{n}]", (SLIDING_SLOTS,), filler=_keep_last)
+        for (kind, size, held), n in selects.items():
+            choose = slots_to_keep if kind == "static_sliding" else states_to_keep
+            index = choose(size, held, value.query_length, cache.layers[0].keys.device)
+            label = SLIDING_SLOTS if kind == "static_sliding" else SLIDING_KEPT
+            out.add(index, f"{path}.select[{n}]", (label,), filler=_any_states)
         return (type(cache), layers, len(selects))
 
     def _flatten_layer(
-        self, layer: Any, new: int, selects: dict[tuple[int, int], int], out: Leaves, path: str
+        self, layer: Any, selects: dict[tuple[str, int, int], int], out: Leaves, path: str
     ) -> tuple[Any, ...]:
         kind = type(layer)
         if kind is DummyLayer:
@@ -194,15 +189,16 @@ class _CacheAdapter:
             if layer.record_past:
                 raise NotCompilable("the cache records past states for assisted decoding")
             self._add(layer, out, path, SLIDING_PAST)
-            return ("sliding", layer.sliding_window)
+            place = ("sliding", layer.sliding_window, layer.keys.shape[2])
+            return ("sliding", selects.setdefault(place, len(selects)))
         if kind is StaticLayer:
             self._add(layer, out, path, SLOTS, mutable=True)
             out.add(layer.cumulative_length, f"{path}.cumulative_length", (), mutable=True, filler=_zero)
             return ("static",)
         if kind is StaticSlidingWindowLayer:
             self._add(layer, out, path, SLIDING_SLOTS, mutable=True)
-            at = selects.setdefault((layer.max_cache_len, layer.cumulative_length_int), len(selects))
-            return ("static_sliding", at)
+            place = ("static_sliding", layer.max_cache_len, layer.cumulative_length_int)
+            return ("static_sliding", selects.setdefault(place, len(selects)))
         raise NotCompilable(f"the cache has a {kind.__name__}, which the policy cannot pass to a graph yet")
 
     @staticmethod
@@ -218,7 +214,7 @@ class _CacheAdapter:
         cache.offloading = False
         selects = [next(leaves) for _ in range(n_selects)]
         for s, layer in zip(layer_specs, cache.layers, strict=True):
-            if s[0] == "static_sliding":
+            if s[0] in ("sliding", "static_sliding"):
                 layer.select = selects[s[1]]
         return cache
 
@@ -257,14 +253,14 @@ def _rebuild_layer(spec: tuple[Any, ...], leaves: Iterator[torch.Tensor]) -> Any
         "dynamic": _TracedDynamic,
         "sliding": _TracedSliding,
         "static": StaticLayer,
-        "static_sliding": _TracedStaticSliding,
+        "static_sliding": _TracedSliding,
     }[kind]
     layer = object.__new__(cls)
     layer.keys, layer.values = next(leaves), next(leaves)
     layer.is_initialized = True
     layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
-    if kind == "sliding":
-        layer.sliding_window = spec[1]
+    if kind in ("sliding", "static_sliding"):
+        layer.in_place = kind == "static_sliding"
     elif kind == "static":
         layer.cumulative_length = next(leaves)
         layer.max_cache_len = layer.keys.shape[2]
@@ -275,9 +271,10 @@ def _zero(sizes: Mapping[str, int], shape: Sequence[int]) -> torch.Tensor:
     return torch.zeros(tuple(shape), dtype=torch.long)
 
 
-def _keep_last(sizes: Mapping[str, int], shape: Sequence[int]) -> torch.Tensor:
-    """As if the layer were full: everything moves up by the number of new tokens."""
-    return torch.arange(shape[0]) + sizes["sequence"]
+def _any_states(sizes: Mapping[str, int], shape: Sequence[int]) -> torch.Tensor:
+    """Any valid index does for an example."""
+    held = sizes[SLIDING_SLOTS] if SLIDING_SLOTS in sizes else sizes[SLIDING_PAST]
+    return torch.arange(shape[0]) % (held + sizes["sequence"])
 
 
 register_adapter(CacheCall, _CacheAdapter())

@@ -99,7 +99,9 @@ class DecoderBinder:
         if self.shapes is None:
             cache = caches.fresh_cache(self.config)
             with torch.no_grad():
-                module.forward(inputs_embeds=embeds.new_zeros(1, 2, embeds.shape[2]), past_key_values=cache, use_cache=True)
+                module.forward(
+                    inputs_embeds=embeds.new_zeros(1, 2, embeds.shape[2]), past_key_values=cache, use_cache=True
+                )
             self.shapes = caches.layer_shapes(cache)
         return self.shapes
 
