@@ -157,5 +157,8 @@ def test_help_names_everything(capsys: pytest.CaptureFixture[str], monkeypatch: 
     out = capsys.readouterr().out
     for flag in ("--image", "--verify", "--dump-graphs", "--json", "--compile-mm-encoder", "-cc.FIELD=VALUE", "-O3"):
         assert flag in out
-    assert main([]) == 0
+    for argv in ([], ["layers"]):
+        assert main(argv) == 0
+        assert "Usage: compile-policy" in capsys.readouterr().out
+    assert main(["--help"]) == 0
     assert "generate" in capsys.readouterr().out

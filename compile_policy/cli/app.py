@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from compile_policy.cli import layers
 from compile_policy.cli.config import config
 from compile_policy.cli.generate import generate
 from compile_policy.cli.plan import plan
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 for command in (generate, plan, config):
     app.command(epilog=_EPILOG)(command)
+app.add_typer(layers.app, name="layers")
 
 
 @app.callback(invoke_without_command=True, epilog=_EPILOG)
@@ -93,8 +95,12 @@ def _explain(terminal: Terminal, error: Exception, debug: bool) -> int:
     if isinstance(error, PolicyError):
         terminal.error(str(error))
         return USER_MISTAKE
+    if type(error).__name__ == "NoArgsIsHelpError":  # `compile-policy layers`: typer has printed the help
+        return 0
     if hasattr(error, "format_message"):  # click's errors, wherever typer keeps them
-        terminal.error(f"{_usage_message(error).rstrip('.')}. See compile-policy --help.")
+        message = _usage_message(error)
+        stop = "" if message.endswith((".", "?")) else "."
+        terminal.error(f"{message}{stop} See compile-policy --help.")
         return USER_MISTAKE
     first = next(iter(str(error).strip().splitlines()), "")
     hint = "" if debug else " Run again with --debug for the traceback."
