@@ -122,6 +122,7 @@ class Call:
     labels: list[Labels]
     paths: list[str]
     fillers: list[Filler | None]
+    sizes: Mapping[str, int]
     values: Mapping[str, Any]
 
     def description(self) -> Call:
@@ -134,6 +135,7 @@ def make_call(
     label: LabelFn,
     extra: tuple[Any, ...] = (),
     fillers: Mapping[str, Filler] | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Call:
     """Flatten named arguments.
 
@@ -142,6 +144,7 @@ def make_call(
         label: labels of a tensor argument from its path.
         extra: further parts of the key (modes, fingerprint).
         fillers: path -> how to fill the example of that tensor.
+        sizes: label -> size in the example, where one of its own would not do.
 
     Raises:
         NotCompilable: an argument that cannot be passed to a graph.
@@ -149,7 +152,7 @@ def make_call(
     out = Leaves(label, fillers or {})
     spec = tuple((name, flatten(value, out, name)) for name, value in values.items())
     metadata = tuple(_metadata(t, ls) for t, ls in zip(out.tensors, out.labels, strict=True))
-    return Call((spec, metadata, *extra), spec, out.tensors, out.labels, out.paths, out.example_fillers, values)
+    return Call((spec, metadata, *extra), spec, out.tensors, out.labels, out.paths, out.example_fillers, sizes or {}, values)
 
 
 def _metadata(t: torch.Tensor, labels: Labels) -> tuple[Any, ...]:

@@ -20,21 +20,27 @@ _SIZES = (2, 3, 7, 11, 17, 23, 29, 37, 43, 53, 61, 71, 83, 97, 107, 127)
 Filler = Callable[[Mapping[str, int], Sequence[int]], torch.Tensor]
 
 
-def sizes_of(labels: Sequence[Labels], actual: Sequence[torch.Tensor]) -> dict[str, int]:
+def sizes_of(labels: Sequence[Labels], preferred: Mapping[str, int]) -> dict[str, int]:
     """label -> example size. A label ``a+b`` is as long as ``a`` and ``b`` together."""
     names = [n for ls in labels for n in ls if n is not None]
     simple = dict.fromkeys(part for name in names for part in name.split("+"))
     if len(simple) > len(_SIZES):
         raise ValueError(f"a call with {len(simple)} different dynamic sizes is beyond what examples are built for")
-    sizes = dict(zip(simple, _SIZES, strict=False))
+    free = (size for size in _SIZES if size not in preferred.values())
+    sizes = {name: preferred.get(name) or next(free) for name in simple}
     return {name: sum(sizes[p] for p in name.split("+")) for name in dict.fromkeys([*names, *simple])}
 
 
 def synthetic(
-    leaves: Sequence[torch.Tensor], labels: Sequence[Labels], fillers: Sequence[Filler | None], *, seed: int = 0
+    leaves: Sequence[torch.Tensor],
+    labels: Sequence[Labels],
+    fillers: Sequence[Filler | None],
+    preferred: Mapping[str, int],
+    *,
+    seed: int = 0,
 ) -> list[torch.Tensor]:
     """Leaves of the same dtypes, devices and static sizes, with every label at its example size."""
-    sizes = sizes_of(labels, leaves)
+    sizes = sizes_of(labels, preferred)
     generator = torch.Generator().manual_seed(seed)
     result = []
     for leaf, names, filler in zip(leaves, labels, fillers, strict=True):
@@ -51,6 +57,7 @@ class Shaped(Protocol):
     leaves: list[torch.Tensor]
     labels: list[Labels]
     fillers: list[Filler | None]
+    sizes: Mapping[str, int]
 
 
 def examples(call: Shaped) -> Iterator[tuple[list[torch.Tensor], list[Labels]]]:
@@ -58,7 +65,7 @@ def examples(call: Shaped) -> Iterator[tuple[list[torch.Tensor], list[Labels]]]:
 
     The second has the call's own sizes, with 0 and 1 as constants: for a component that treats those apart.
     """
-    yield synthetic(call.leaves, call.labels, call.fillers), call.labels
+    yield synthetic(call.leaves, call.labels, call.fillers, call.sizes), call.labels
     given = [tuple(n if s > 1 else None for s, n in zip(t.shape, ls, strict=True)) for t, ls in zip(call.leaves, call.labels, strict=True)]
     yield copies(call.leaves), given
 

@@ -19,6 +19,8 @@ from compile_policy.compat import guard_origin, leaf_dim_of_source, symbol_sourc
 _IGNORABLE_ORIGINS = (
     # copy_ asks whether its target overlaps itself; an answer for other sizes never changes what is copied.
     "in meta_copy_",
+    # matmul folds batch dims or expands them, by strides and by sizes 1; the product is the same either way.
+    "in matmul)",
 )
 _FUNCTIONS: dict[str, Any] = {"Max": max, "Min": min, "floor": lambda x: int(x // 1)}
 

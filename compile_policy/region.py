@@ -53,13 +53,14 @@ class Bound:
         values: name -> argument, in a fixed order.
         label: labels of a tensor argument, from its path.
         fillers: path -> how to fill the example, where random values would not do.
+        sizes: label -> size in the example, where a size of its own would not do.
         boundary: whether this call starts a sequence, so that the structure is looked at again.
-        outside: run before the reference and the capture, on the module (for instance to choose an attention).
     """
 
     values: Mapping[str, Any]
     label: Callable[[str, torch.Tensor], Labels]
     fillers: Mapping[str, Filler] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
     boundary: bool = True
 
 
@@ -165,7 +166,7 @@ class Region:
             self.module.training,
             compat.autocast_state(),
         )
-        return make_call(bound.values, bound.label, (modes, structure), bound.fillers)
+        return make_call(bound.values, bound.label, (modes, structure), bound.fillers, bound.sizes)
 
     def _find(self, call: Call) -> Entry | None:
         for entry in self.entries.get(call.key, ()):

@@ -75,7 +75,8 @@ def dense_attention(
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=in_place
         )
-    return out.transpose(1, 2).contiguous(), None
+    # Not .contiguous(): that asks whether a copy is needed, and the answer differs for a single token.
+    return out.transpose(1, 2).clone(memory_format=torch.contiguous_format), None
 
 
 def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

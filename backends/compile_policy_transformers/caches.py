@@ -115,13 +115,11 @@ def sliding_mask(mask: torch.Tensor, slots: int, seen: int) -> torch.Tensor:
         (batch, 1, new, slots + new).
     """
     new = mask.shape[2]
-    if seen + new <= slots:
-        kept, fresh = mask[..., :seen], mask[..., seen : seen + new]
-        return torch.cat([torch.nn.functional.pad(kept, (0, slots - seen)), fresh], dim=-1)
-    if seen < slots:
-        kept, fresh = mask[..., :seen], mask[..., seen:]
-        return torch.cat([torch.nn.functional.pad(kept, (0, slots - seen)), fresh], dim=-1)
-    return torch.nn.functional.pad(mask, (1, 0))  # full: the oldest slot has left the window
+    closed = False if mask.dtype is torch.bool else torch.finfo(mask.dtype).min
+    if seen >= slots:  # full: the oldest slot has left the window
+        return torch.nn.functional.pad(mask, (1, 0), value=closed)
+    kept, fresh = mask[..., :seen], mask[..., seen : seen + new]
+    return torch.cat([torch.nn.functional.pad(kept, (0, slots - seen), value=closed), fresh], dim=-1)
 
 
 def initialise(cache: Cache, shapes: Sequence[LayerShape | None], batch: int, device: torch.device) -> None:

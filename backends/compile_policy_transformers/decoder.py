@@ -23,18 +23,20 @@ from compile_policy.shapes import Labels
 from compile_policy_transformers import attention, caches
 
 _SLIDING = ("sliding_attention", "chunked_attention")
+#: Visual tokens are some of the example's 2 x 3 positions.
+_EXAMPLE_SIZES = {"batch": 2, "sequence": 3, "visual_tokens": 5}
 
 
 class DecoderBinder:
     """Binds calls of one decoder instance."""
 
-    def __init__(self, decoder: torch.nn.Module) -> None:
+    def __init__(self, decoder: torch.nn.Module, model: torch.nn.Module | None = None) -> None:
         self.config: Any = decoder.config
         self.mask_config = copy.copy(self.config)
         self.mask_config._attn_implementation_internal = attention.DECODER
         self.parameters = inspect.signature(decoder.forward).parameters
         self.shapes: list[caches.LayerShape | None] | None = None
-        self.features = DeepstackFeatures(decoder)
+        self.features = DeepstackFeatures(decoder, model)
 
     @contextmanager
     def tracing(self, module: torch.nn.Module) -> Iterator[None]:
@@ -57,7 +59,7 @@ class DecoderBinder:
         fillers = self.features.complete(values, embeds)
         label = _Labels(batch, length, cache)
         ordered = {name: values[name] for name in sorted(values) if values[name] is not None}
-        return Bound(ordered, label, fillers, boundary=length > 1)
+        return Bound(ordered, label, fillers, _EXAMPLE_SIZES, boundary=length > 1)
 
     def _by_name(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         if not args:
@@ -206,10 +208,10 @@ class _Labels:
 class DeepstackFeatures:
     """Visual features that some decoders add to their first layers; empty ones where a call has none."""
 
-    def __init__(self, decoder: torch.nn.Module) -> None:
+    def __init__(self, decoder: torch.nn.Module, model: torch.nn.Module | None) -> None:
         self.wanted = "deepstack_visual_embeds" in inspect.signature(decoder.forward).parameters
-        self.count = 0
-        self.width = int(getattr(decoder.config, "hidden_size", 0))
+        vision = getattr(getattr(model, "config", None), "vision_config", None)
+        self.count = len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
     def complete(self, values: dict[str, Any], embeds: torch.Tensor) -> dict[str, Any]:
         """Make the arguments present and return how to fill their example."""
