@@ -61,8 +61,10 @@ def _printed(width: int, *rows: dict[str, Any]) -> str:
 @pytest.mark.parametrize("width", [40, 60, 80, 120, 160])
 def test_report_at_every_width(width: int) -> None:
     """Every fact is there, no line is longer than the screen; reasons move below a narrow table."""
-    text = _printed(width, ROW)
+    text = _printed(width, ROW, ROW | {"role": "encoder[image]", "graphs": 0})
     assert max(map(len, text.splitlines())) <= width
+    for whole in ("encoder[image]", "graphs", "calls", "compile s", "fallback", "none"):
+        assert whole in text
     squeezed = "".join(text.split())
     for fact in ("decoder", "compile", "alwayscompiled.", "12.3"):
         assert fact in squeezed
