@@ -152,7 +152,9 @@ def make_call(
     out = Leaves(label, fillers or {})
     spec = tuple((name, flatten(value, out, name)) for name, value in values.items())
     metadata = tuple(_metadata(t, ls) for t, ls in zip(out.tensors, out.labels, strict=True))
-    return Call((spec, metadata, *extra), spec, out.tensors, out.labels, out.paths, out.example_fillers, sizes or {}, values)
+    return Call(
+        (spec, metadata, *extra), spec, out.tensors, out.labels, out.paths, out.example_fillers, sizes or {}, values
+    )
 
 
 def _metadata(t: torch.Tensor, labels: Labels) -> tuple[Any, ...]:
@@ -168,7 +170,10 @@ def flatten(value: Any, out: Leaves, path: str) -> Any:
     if isinstance(value, CONSTANTS):
         return ("const", value.__class__, value)  # the class too: True == 1 == 1.0
     if type(value) in (list, tuple):
-        return ("list" if type(value) is list else "tuple", tuple(flatten(v, out, f"{path}[{i}]") for i, v in enumerate(value)))
+        return (
+            "list" if type(value) is list else "tuple",
+            tuple(flatten(v, out, f"{path}[{i}]") for i, v in enumerate(value)),
+        )
     if type(value) is dict:
         return ("dict", tuple((k, flatten(v, out, f"{path}[{k!r}]")) for k, v in sorted(value.items(), key=_by_name)))
     adapter = adapter_for(type(value))

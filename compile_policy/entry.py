@@ -195,7 +195,10 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 def _steps(path: Any) -> tuple[tuple[bool, Any], ...]:
     """A pytree path as (is attribute, key) pairs, which Dynamo can follow."""
-    return tuple((True, k.name) if isinstance(k, pytree.GetAttrKey) else (False, getattr(k, "key", getattr(k, "idx", None))) for k in path)
+    return tuple(
+        (True, k.name) if isinstance(k, pytree.GetAttrKey) else (False, getattr(k, "key", getattr(k, "idx", None)))
+        for k in path
+    )
 
 
 def _follow(value: Any, steps: tuple[tuple[bool, Any], ...]) -> Any:

@@ -1,19 +1,19 @@
 """Exceptions and warnings of the policy.
 
-    Exception
-    +-- ValueError
-    |   +-- PolicyError                 the user's mistake; the message says the fix
-    |       +-- ConfigError             a configuration field: unknown, wrong type, contradictory
-    |       +-- DecorationError         a class that cannot be decorated as asked
-    |       +-- UnsupportedModelError   an explicit wish that this model cannot fulfil
-    |       +-- InputError              an input file or prompt that cannot be used
-    |       +-- EnvironmentNotSupported version of torch or Transformers outside the tested range
-    +-- RuntimeError
-    |   +-- CompileFault                lowering or capture failed (raised only with on_fault="error")
-    |   +-- BudgetExceeded              more entries than max_entries (raised only with on_budget="error")
-    +-- NotCompilable                   internal: this call, or this component, has to run eager
-    UserWarning
-    +-- PolicyWarning                   a wish that was skipped, with reason and remedy
+Exception
++-- ValueError
+|   +-- PolicyError                 the user's mistake; the message says the fix
+|       +-- ConfigError             a configuration field: unknown, wrong type, contradictory
+|       +-- DecorationError         a class that cannot be decorated as asked
+|       +-- UnsupportedModelError   an explicit wish that this model cannot fulfil
+|       +-- InputError              an input file or prompt that cannot be used
+|       +-- EnvironmentNotSupported version of torch or Transformers outside the tested range
++-- RuntimeError
+|   +-- CompileFault                lowering or capture failed (raised only with on_fault="error")
+|   +-- BudgetExceeded              more entries than max_entries (raised only with on_budget="error")
++-- NotCompilable                   internal: this call, or this component, has to run eager
+UserWarning
++-- PolicyWarning                   a wish that was skipped, with reason and remedy
 """
 
 from __future__ import annotations

@@ -66,7 +66,10 @@ def examples(call: Shaped) -> Iterator[tuple[list[torch.Tensor], list[Labels]]]:
     The second has the call's own sizes, with 0 and 1 as constants: for a component that treats those apart.
     """
     yield synthetic(call.leaves, call.labels, call.fillers, call.sizes), call.labels
-    given = [tuple(n if s > 1 else None for s, n in zip(t.shape, ls, strict=True)) for t, ls in zip(call.leaves, call.labels, strict=True)]
+    given = [
+        tuple(n if s > 1 else None for s, n in zip(t.shape, ls, strict=True))
+        for t, ls in zip(call.leaves, call.labels, strict=True)
+    ]
     yield copies(call.leaves), given
 
 

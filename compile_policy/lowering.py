@@ -18,11 +18,13 @@ from typing import Any, Protocol
 
 import torch
 import torch._dynamo
+import torch._dynamo.decorators
 import torch.fx.experimental._config as fx_config
 from torch._dynamo.backends.registry import lookup_backend
 
 from compile_policy.compat import graph_argument, leaf_dim_of_source, tracing_shape_env
 from compile_policy.predicate import ShapeConditions, conditions_of
+from compile_policy.shapes import UNBACKED
 
 _serial = itertools.count()
 
@@ -87,9 +89,10 @@ class CompiledGraph:
         return [results[i] if kind == "graph" else leaves[i] for kind, i in self.outputs]
 
 
-def lower_with(backend: str) -> Lowering:
+def lower_with(backend: str, *, autotune: bool = False) -> Lowering:
     """The lowering for a backend name: ``inductor``, ``aot_eager``, ``eager`` or any that Dynamo knows."""
-    return lambda gm, inputs: lookup_backend(backend)(gm, list(inputs))
+    options = {"options": {"max_autotune": True}} if autotune and backend == "inductor" else {}
+    return lambda gm, inputs: lookup_backend(backend)(gm, list(inputs), **options)
 
 
 def compile_call(
@@ -113,6 +116,8 @@ def compile_call(
         for dim, label in enumerate(names):
             if label is None:
                 torch._dynamo.mark_static(leaf, dim)
+            elif label.startswith(UNBACKED):
+                torch._dynamo.decorators.mark_unbacked(leaf, dim, shape_id=label)
     with _capture_settings():
         compiled = torch.compile(
             _with_own_code(fn),

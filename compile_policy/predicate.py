@@ -95,11 +95,11 @@ class _Printer(PythonPrinter):
         super().__init__()
         self._names = names
 
-    def _print_Symbol(self, expr: sympy.Symbol) -> str:  # noqa: N802 (sympy's naming)
+    def _print_Symbol(self, expr: sympy.Symbol) -> str:
         return self._names[expr]
 
-    def _print_Max(self, expr: sympy.Expr) -> str:  # noqa: N802
+    def _print_Max(self, expr: sympy.Expr) -> str:
         return f"max({', '.join(self._print(a) for a in expr.args)})"
 
-    def _print_Min(self, expr: sympy.Expr) -> str:  # noqa: N802
+    def _print_Min(self, expr: sympy.Expr) -> str:
         return f"min({', '.join(self._print(a) for a in expr.args)})"

@@ -18,6 +18,7 @@ import torch
 
 from compile_policy import compat
 from compile_policy.call_key import Call, make_call
+from compile_policy.config import CompilationConfig
 from compile_policy.entry import Entry, build_entry
 from compile_policy.errors import BudgetExceeded, CompileFault, NotCompilable
 from compile_policy.events import emit
@@ -39,10 +40,17 @@ class RegionOptions:
     max_entries: int = 8
     on_budget: str = "warn"
     on_fault: str = "eager"
+    autotune: bool = False
     dump: Callable[[Region, Entry], None] | None = None
 
+    @classmethod
+    def from_config(
+        cls, config: CompilationConfig, dump: Callable[[Region, Entry], None] | None = None
+    ) -> RegionOptions:
+        return cls(config.backend, config.max_entries, config.on_budget, config.on_fault, config.mode == 3, dump)
+
     def lowering(self) -> Lowering:
-        return lower_with(self.backend)
+        return lower_with(self.backend, autotune=self.autotune)
 
 
 @dataclass(frozen=True)
@@ -197,7 +205,9 @@ class Region:
                 if entry.graph.accepts(call.leaves):
                     return entry
             # Kept for the sizes it holds for, but never run for this call, and not tried again.
-            reason = f"the graph does not hold for these sizes: {'; '.join(entry.graph.accepts.failing(call.leaves)[:3])}"
+            reason = (
+                f"the graph does not hold for these sizes: {'; '.join(entry.graph.accepts.failing(call.leaves)[:3])}"
+            )
             self.refused[call.key] = reason
             raise NotCompilable(reason)
 

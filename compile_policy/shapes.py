@@ -21,6 +21,8 @@ DimSpec = int | Sequence[int] | Mapping[int, str | None]
 #: The same, normalised: dim -> shape id (``None`` when the author gave none).
 ArgDims = dict[str, dict[int, str | None]]
 Labels = tuple[str | None, ...]
+#: First character of a label whose dims are traced without assumptions on their size.
+UNBACKED = "?"
 
 _TENSOR_NAMES = {"Tensor", "FloatTensor", "LongTensor", "IntTensor", "BoolTensor", "HalfTensor", "BFloat16Tensor"}
 _containers: dict[type, Callable[[Any], Mapping[str, torch.Tensor]]] = {}
@@ -115,7 +117,9 @@ def normalise(cls: type, dims: Mapping[str, DimSpec]) -> ArgDims:
         DecorationError: an argument that ``forward`` does not have, or a dim that is no integer.
     """
     known = _parameters(cls)
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(_forward(cls)).parameters.values())
+    takes_any = any(
+        p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(_forward(cls)).parameters.values()
+    )
     result: ArgDims = {}
     for name, spec in dims.items():
         if name not in known and not takes_any:

@@ -164,8 +164,7 @@ class _CacheAdapter:
             raise NotCompilable("the cache is offloaded", remedy="Use a cache that stays on the device.")
         selects: dict[tuple[str, int, int], int] = {}
         layers = tuple(
-            self._flatten_layer(layer, selects, out, f"{path}.layers[{i}]")
-            for i, layer in enumerate(cache.layers)
+            self._flatten_layer(layer, selects, out, f"{path}.layers[{i}]") for i, layer in enumerate(cache.layers)
         )
         for (kind, size, held), n in selects.items():
             choose = slots_to_keep if kind == "static_sliding" else states_to_keep

@@ -1,0 +1,265 @@
+"""`support_torch_compile`: say of a class that its instances are compiled, and how.
+
+The decorator wraps ``__init__`` and nothing else: when an instance is built, a `Region` is put in front of that
+instance (see ``region.py`` for what happens in a call). No base class, no ``__call__`` and no ``forward`` is touched.
+
+    @support_torch_compile
+    class Decoder(nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None): ...
+
+Inheritance: a subclass follows its nearest decorated base unless it is decorated itself or carries
+`ignore_torch_compile`. Decorating one class twice with different policies is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import typing
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeVar, overload
+
+import torch
+
+from compile_policy.config import CompilationConfig
+from compile_policy.errors import DecorationError
+from compile_policy.region import Binder, Region, RegionOptions, SignatureBinder, region_of
+from compile_policy.shapes import ArgDims, DimSpec, infer_dynamic_arg_dims, normalise
+
+C = TypeVar("C", bound=type[torch.nn.Module])
+_config: ContextVar[CompilationConfig | None] = ContextVar("compile_policy_config", default=None)
+
+
+@dataclass(frozen=True)
+class ClassPolicy:
+    """What was said about a class.
+
+    Attributes:
+        dynamic_arg_dims: per argument the dims that vary; inferred from annotations when ``None``.
+        mark_unbacked_dims: per argument the dims that are traced without any assumption on their size.
+        enable_if: compile an instance only when this says so of the configuration.
+        is_encoder: compile only with ``compile_mm_encoder``.
+        config: configuration of the instances; the one in force where they are built when ``None``.
+        role: role of the instances in reports.
+        binder: makes calls canonical; by signature and dims when ``None``.
+    """
+
+    dynamic_arg_dims: Mapping[str, DimSpec] | None = None
+    mark_unbacked_dims: Mapping[str, DimSpec] | None = None
+    enable_if: Callable[[CompilationConfig], bool] | None = None
+    is_encoder: bool = False
+    config: CompilationConfig | None = None
+    role: str = "component"
+    binder: Callable[[torch.nn.Module], Binder] | None = None
+
+
+# None: the class was decorated with ignore_torch_compile.
+_policies: weakref.WeakKeyDictionary[type, ClassPolicy | None] = weakref.WeakKeyDictionary()
+
+
+@overload
+def support_torch_compile(cls: C, /) -> C: ...
+@overload
+def support_torch_compile(
+    *,
+    dynamic_arg_dims: Mapping[str, DimSpec] | None = None,
+    mark_unbacked_dims: Mapping[str, DimSpec] | None = None,
+    enable_if: Callable[[CompilationConfig], bool] | None = None,
+    is_encoder: bool = False,
+    config: CompilationConfig | None = None,
+) -> Callable[[C], C]: ...
+def support_torch_compile(cls: C | None = None, /, **policy: Any) -> C | Callable[[C], C]:
+    """Compile the instances of a class, with or without arguments.
+
+    Args:
+        dynamic_arg_dims: argument -> dim, dims, or ``{dim: shape id}``; negative dims count from the end, dims with
+            one shape id are equal in every call. Without it, dim 0 of every argument annotated as a tensor.
+        mark_unbacked_dims: dims that no assumption may be made about, not even that they are at least 2.
+        enable_if: called with the configuration when an instance is built; ``False`` leaves the instance alone.
+        is_encoder: the class is a vision or audio encoder, compiled only when ``compile_mm_encoder`` is set.
+        config: configuration for all instances; else the one in force (`use_config`) or the defaults.
+
+    Raises:
+        DecorationError: not a module class, no dynamic dims, an argument that ``forward`` doesn't have, or another
+            policy on the same class.
+    """
+    if cls is None:
+        return lambda decorated: _decorate(decorated, ClassPolicy(**policy))
+    return _decorate(cls, ClassPolicy(**policy))
+
+
+def ignore_torch_compile(cls: C) -> C:
+    """Leave the instances of ``cls`` (and of its subclasses) alone although a base class is decorated."""
+    _policies[cls] = None
+    return cls
+
+
+@contextmanager
+def use_config(config: CompilationConfig) -> Iterator[None]:
+    """Instances built inside the block, in this context, follow ``config``."""
+    token = _config.set(config)
+    try:
+        yield
+    finally:
+        _config.reset(token)
+
+
+@contextmanager
+def decorated(policies: Mapping[type[torch.nn.Module], ClassPolicy]) -> Iterator[None]:
+    """Decorate classes inside the block only; they are as they were afterwards, whatever happens inside.
+
+    A class that carries a policy of its own already keeps it.
+    """
+    undo: list[tuple[type[torch.nn.Module], Any]] = []
+    try:
+        for cls, policy in policies.items():
+            if cls in _policies:
+                continue
+            undo.append((cls, cls.__dict__.get("__init__")))
+            _install(cls, policy)
+        yield
+    finally:
+        for cls, init in undo:
+            del _policies[cls]
+            if init is None:
+                del cls.__init__
+            else:
+                cls.__init__ = init  # type: ignore[method-assign]
+
+
+def policy_of(cls: type) -> ClassPolicy | None:
+    """The policy that instances of ``cls`` follow: of the nearest decorated or ignored class in its MRO."""
+    return next((_policies[base] for base in cls.__mro__ if base in _policies), None)
+
+
+def _decorate(cls: C, policy: ClassPolicy) -> C:
+    if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+        raise DecorationError(
+            f"support_torch_compile was applied to {cls!r}, which is no nn.Module class.",
+            remedy="Decorate the class of a module; for an instance use compile_policy.apply(model).",
+        )
+    known = _policies.get(cls)
+    if known is not None:
+        if known == policy:
+            return cls
+        raise DecorationError(
+            f"{cls.__qualname__} is decorated with another policy already.", remedy="Keep one of the two decorators."
+        )
+    if policy.binder is None:
+        dims_of(cls, policy)  # mistakes are told where the class is written, not at the first call
+    _install(cls, policy)
+    return cls
+
+
+def dims_of(cls: type, policy: ClassPolicy) -> ArgDims:
+    """Dynamic dims of ``cls`` under ``policy``; dims without assumptions carry the mark of `shapes.UNBACKED`."""
+    given = policy.dynamic_arg_dims
+    if given is not None and not given:
+        raise DecorationError(
+            f"dynamic_arg_dims of {cls.__qualname__} is empty.",
+            remedy="Name a dim, or leave it out to have it inferred.",
+        )
+    dims = infer_dynamic_arg_dims(cls) if given is None else normalise(cls, given)
+    for name, unbacked in normalise(cls, policy.mark_unbacked_dims or {}).items():
+        for dim, shape_id in unbacked.items():
+            at = dims.setdefault(name, {})
+            at[dim] = f"?{shape_id or at.get(dim) or f'{name}.{dim}'}"
+    return dims
+
+
+def _install(cls: type[torch.nn.Module], policy: ClassPolicy) -> None:
+    original = cls.__init__
+    checked = _Positional(cls, original)
+
+    @functools.wraps(original)
+    def __init__(self: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        checked(self, args)
+        original(self, *args, **kwargs)
+        _attach(self)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    _policies[cls] = policy
+
+
+def _attach(module: torch.nn.Module) -> None:
+    """Put a region in front of a new instance, unless its class, the configuration or ``enable_if`` says no."""
+    policy = policy_of(type(module))
+    if policy is None or region_of(module) is not None:
+        return
+    config = policy.config or _config.get() or CompilationConfig()
+    wanted = config.enabled and config.mode > 0 and (config.compile_mm_encoder or not policy.is_encoder)
+    if not wanted or (policy.enable_if is not None and not policy.enable_if(config)):
+        return
+    if policy.binder is not None:
+        binder = policy.binder(module)
+    else:
+        override = config.dynamic_arg_dims.get(type(module).__name__)
+        dims = dims_of(type(module), policy) if override is None else normalise(type(module), override)
+        binder = SignatureBinder(dims)
+    reason = "its class is decorated with support_torch_compile"
+    options = RegionOptions.from_config(config)
+    Region(module, role=policy.role, binder=binder, options=options, reason=reason).attach()
+
+
+class _Positional:
+    """Checks positional arguments of a constructor against its annotations.
+
+    A positional argument that lands on the wrong parameter of somebody else's constructor is the usual way in which
+    wrapped constructors fail; the error names what to annotate instead of failing somewhere inside.
+    """
+
+    def __init__(self, cls: type, init: Callable[..., None]) -> None:
+        self._cls = cls
+        self._init = init
+        self._expected: list[tuple[str, Any]] | None = None
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        if not args:
+            return
+        if self._expected is None:
+            self._expected = _positional_annotations(self._init)
+        for value, (name, annotation) in zip(args, self._expected, strict=False):
+            if not _fits(value, annotation):
+                raise TypeError(
+                    f"{type(module).__qualname__}.__init__ got a {type(value).__qualname__} as positional argument "
+                    f"{name!r}, which is annotated {_written(annotation)}. Annotate {name!r} of "
+                    f"{self._cls.__qualname__}.__init__ with the type that it takes, or pass the argument by name."
+                )
+
+
+def _positional_annotations(init: Callable[..., None]) -> list[tuple[str, Any]]:
+    try:
+        hints = typing.get_type_hints(init)
+    except Exception:  # an annotation that only a type checker can resolve
+        hints = {}
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = list(inspect.signature(init).parameters.values())[1:]
+    return [(p.name, hints.get(p.name, Any)) for p in parameters if p.kind in kinds]
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether ``value`` may be of the annotated type; what cannot be checked at run time fits."""
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, a) for a in typing.get_args(annotation))
+    if origin is typing.Literal:
+        return value in typing.get_args(annotation)
+    if annotation is None or annotation is type(None):
+        return value is None
+    target = origin or annotation
+    if not isinstance(target, type) or getattr(target, "_is_protocol", False):
+        return True
+    if target is float:
+        return isinstance(value, (int, float))
+    if target is complex:
+        return isinstance(value, (int, float, complex))
+    return isinstance(value, target)
+
+
+def _written(annotation: Any) -> str:
+    return annotation.__qualname__ if isinstance(annotation, type) else str(annotation)
