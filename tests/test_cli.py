@@ -85,6 +85,11 @@ def test_damaged_model_folders(tmp_path: Path) -> None:
     for data in (b"", good[:4], good[:20], good[:-1], good + b"x", b"\xff" * 8 + good[8:], b"\x02" + bytes(7) + b"[]"):
         with pytest.raises(InputError, match=r"model\.safetensors is damaged"):
             check_model(str(_weights(tmp_path / "m", data)))
+    _weights(tmp_path / "m", good)
+    (tmp_path / "m/tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match=r"tokenizer\.json cannot be read"):
+        check_model(str(tmp_path / "m"))
+    (tmp_path / "m/tokenizer.json").unlink()
     (tmp_path / "m/config.json").write_text('{"model_type": ')
     with pytest.raises(InputError, match=r"config\.json cannot be read"):
         check_model(str(tmp_path / "m"))

@@ -49,16 +49,19 @@ def _check_folder(folder: Path) -> None:
     config = folder / "config.json"
     if not config.is_file():
         raise InputError(f"{folder} has no config.json.", remedy="Name a folder that save_pretrained wrote.")
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{config} cannot be read: {error}.", remedy="Restore the file or fetch the model again."
-        ) from None
-    if not isinstance(values, dict):
-        raise InputError(f"{config} is not a model's configuration.", remedy="Fetch the model again.")
+    for path in sorted(folder.glob("*.json")):
+        _check_json(path)
     for weights in sorted(folder.glob("*.safetensors")):
         _check_weights(weights)
+
+
+def _check_json(path: Path) -> None:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}.", remedy="Restore it or fetch the model again.") from None
+    if path.name == "config.json" and not isinstance(values, dict):
+        raise InputError(f"{path} is not a model's configuration.", remedy="Fetch the model again.")
 
 
 def _check_weights(path: Path) -> None:

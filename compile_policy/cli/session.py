@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.utils import disable_progress_bars
+
 from compile_policy.cli.inputs import TINY
 from compile_policy.cli.terminal import Terminal
 from compile_policy.compat import check_versions
@@ -32,6 +34,8 @@ class Session:
     def backend(self) -> Any:
         """The modelling backend, once the installed versions are known to be supported."""
         check_installed()
+        if not self.terminal.animated:  # before Transformers is imported, which asks once; a log needs no moving bars
+            disable_progress_bars()
         from compile_policy.backend import find_backend  # after the check: an old Transformers fails obscurely
 
         return find_backend()
