@@ -149,7 +149,8 @@ def _carry_state(new: nn.Module, old: nn.Module) -> None:
             f"The state of {qualified(type(new))} does not fit back into {qualified(type(old))}.",
             remedy="Save and load the model instead.",
         )
-    old.load_state_dict({k: v.detach() for k, v in state.items()}, assign=True)
+    for key in moved:
+        own[key].data = state[key].detach()  # the tensors stay themselves, so what was tied to them still is
 
 
 def _is_split(layer: Any) -> bool:
