@@ -30,7 +30,7 @@ EXPECTED = {  # model type: decoder, encoders (role, path, modalities), head
     "gemma2": ("model", [], "lm_head"),
     # get_decoder() answers a causal language model, head included
     "llama4": ("language_model.model", [("encoder[image]", "vision_model", "image")], "language_model.lm_head"),
-    "blip-2": ("language_model.model", [("encoder[image]", "vision_model", "image")], "language_model.lm_head"),
+    "blip-2": ("language_model.model.decoder", [("encoder[image]", "vision_model", "image")], "language_model.lm_head"),
     "kosmos-2": ("text_model.model", [("encoder[image]", "vision_model", "image")], "text_model.lm_head"),
     "kosmos-2.5": ("text_model.model", [("encoder[image]", "vision_model", "image")], "text_model.lm_head"),
     "vision-encoder-decoder": (
@@ -44,6 +44,7 @@ EXPECTED = {  # model type: decoder, encoders (role, path, modalities), head
     # get_encoder() answers the model itself, or an encoder that reads token ids too
     "fuyu": (LANGUAGE, [], "lm_head"),
     "t5gemma2": ("model.decoder", [("encoder[image]", "model.encoder.vision_tower", "image")], "lm_head.out_proj"),
+    "granite_speech": (LANGUAGE, [("encoder[audio]", "model.encoder", "audio")], "lm_head"),
     "qwen2_audio": (LANGUAGE, [("encoder[audio]", "model.audio_tower", "audio")], "lm_head"),
     "qwen2_5_omni": (
         "thinker.model.language_model",
@@ -164,12 +165,48 @@ def test_wrapped_by_peft() -> None:
     assert {f.role for f in found} == {"decoder", "encoder[image]", "head", "projector"}
 
 
+NEEDS_TIMM = {"gemma3n"}
+INSEPARABLE = {"idefics", "pix2struct"}
+WITHOUT_ENCODER = {"chameleon", "emu3", "evolla", "fuyu", "gemma4_unified", "mistral4", "udop"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", compat.model_class_names("IMAGE_TEXT_TO_TEXT"))
+def test_every_image_text_architecture(model_type: str) -> None:
+    """Components are disjoint; decoder, head and image encoder are called when text and a picture come in."""
+    if model_type in NEEDS_TIMM:
+        pytest.importorskip("timm")
+    model = tiny_model(model_type)
+    found = find_components(model)
+    _assert_disjoint(found)
+    decoders = [f for f in found if f.role == "decoder"]
+    assert len(decoders) == 1 and bool(decoders[0].obstacle) == (model_type in INSEPARABLE)
+    assert any(f.role.startswith("encoder") for f in found) != (model_type in WITHOUT_ENCODER)
+    takes_pictures = {"image", "video"} & set(model.input_modalities)
+    inputs = tiny_inputs(model, text_len=12, images=[(56, 84)] if takes_pictures else ())
+    # no sound and, where it has a tower of its own, no video is in these inputs
+    expected = {f.qualname for f in found if f.role not in ("projector", "encoder[audio]", "encoder[video]")}
+    assert expected <= called_components(model, found, inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", compat.model_class_names("MULTIMODAL_LM"))
+def test_every_omni_architecture(model_type: str) -> None:
+    """One decoder that stands by itself, and components that are disjoint."""
+    if model_type in NEEDS_TIMM:
+        pytest.importorskip("timm")
+    found = find_components(_meta(model_type))
+    _assert_disjoint(found)
+    assert len([f for f in found if f.role == "decoder"]) == 1
+
+
 def test_rules_are_needed_and_true() -> None:
     """Every rule is of a known architecture and names a module that is there."""
     for rule in RULES:
         assert rule.model_type in known_model_types() and rule.why
-        if rule.model_type != "qwen3_omni_moe":
-            _meta(rule.model_type).get_submodule(rule.decoder or rule.inner)
+        model = _meta(rule.model_type)
+        for path in (rule.decoder, rule.inner, *(path for _, path in rule.encoders)):
+            assert model.get_submodule(path) is not None
 
 
 def test_compat_symbols() -> None:

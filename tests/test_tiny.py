@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from compile_policy_transformers import compat
 from compile_policy_transformers.tiny import known_model_types, tiny_inputs, tiny_model
 
 GRID = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "exaone4_5", "qwen3_5", "glm4v", "glm_ocr")
@@ -76,7 +77,7 @@ def test_sliding_window_is_crossed(model_type: str) -> None:
 def test_rows_are_padded_on_the_left_by_different_lengths() -> None:
     """Each row after the first is shorter, and padding comes first."""
     mask = tiny_inputs(tiny_model("llama"), text_len=12, batch=3)["attention_mask"]
-    assert mask.sum(1).tolist() == [12, 9, 7]
+    assert mask.sum(1).tolist() == [12, 6, 4]
     assert (mask.diff(dim=1) >= 0).all()
 
 
@@ -100,6 +101,66 @@ def test_images_for_a_text_model_are_refused() -> None:
         tiny_inputs(tiny_model("llama"), text_len=8, images=[(56, 56)])
 
 
+def test_missing_image_is_refused() -> None:
+    """A model that cannot do without a picture says so, instead of failing inside."""
+    with pytest.raises(ValueError, match="needs an image"):
+        tiny_inputs(tiny_model("blip"), text_len=8)
+
+
 def test_known_types_cover_transformers() -> None:
     """Image-text, audio and text-only architectures are known by their model types."""
     assert {"qwen2_5_vl", "qwen2_audio", "llama"} <= set(known_model_types())
+
+
+IMAGE_TEXT = tuple(compat.model_class_names("IMAGE_TEXT_TO_TEXT"))
+OMNI = tuple(compat.model_class_names("MULTIMODAL_LM").keys() - set(IMAGE_TEXT))
+MORE_TEXT = (
+    *("mistral", "qwen2", "gemma", "phi3", "olmo2", "cohere2", "granite", "gpt2", "opt", "smollm3", "glm4", "falcon"),
+    *("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "mamba", "mamba2", "jamba", "qwen3_next", "lfm2"),
+)
+NEEDS_TIMM = {"gemma3n"}  # its vision tower is a timm model, and the wrapper raises ImportError without timm
+SOUND_ONLY = {"kyutai_speech_to_text", "voxtral_realtime"}  # forward takes no text without sound
+NO_FORWARD = {"qwen2_5_omni", "qwen3_omni_moe"}  # an omni model as a whole only generates; its thinker is listed too
+
+
+def _takes_pictures(model: PreTrainedModel) -> bool:
+    return bool({"image", "video"} & set(model.input_modalities))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", IMAGE_TEXT)
+def test_every_image_text_architecture_runs(model_type: str) -> None:
+    """It builds, is sensitive to the picture, and generates four tokens from pictures and padded text."""
+    if model_type in NEEDS_TIMM:
+        pytest.importorskip("timm")
+    model = tiny_model(model_type)
+    pictures = PICTURES if _takes_pictures(model) else []
+    inputs = tiny_inputs(model, text_len=14, images=pictures, batch=2)
+    with torch.no_grad():
+        outputs = model(**inputs)
+    pixels = next((name for name in ("pixel_values", "flattened_patches") if name in inputs), None)
+    if model_type == "pi0":  # actions, not tokens
+        assert torch.isfinite(outputs.loss if outputs.loss is not None else outputs[0]).all()
+        return
+    assert torch.isfinite(outputs.logits).all()
+    if pixels is not None:
+        # not zeros: some processors' padding pictures are zeros, and models drop those
+        other = torch.cat([inputs[pixels][..., :2], torch.full_like(inputs[pixels][..., 2:], 0.1)], dim=-1)
+        with torch.no_grad():
+            changed = model(**{**inputs, pixels: other}).logits
+        spread = outputs.logits[outputs.logits > -1e4].std()  # chameleon forbids image tokens by the lowest float
+        assert (changed - outputs.logits).abs().max() > 0.1 * spread
+    assert model.generate(**inputs, max_new_tokens=4) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", [*OMNI, *MORE_TEXT])
+def test_audio_omni_and_text_architectures_run_on_text(model_type: str) -> None:
+    """They build, and those that can do without sound generate four tokens from padded text."""
+    model = tiny_model(model_type)
+    if model_type in SOUND_ONLY | NO_FORWARD:
+        return
+    inputs = tiny_inputs(model, text_len=14, batch=2)
+    with torch.no_grad():
+        assert torch.isfinite(model(**inputs).logits).all()
+    assert model.generate(**inputs, max_new_tokens=4).shape == (2, 18)

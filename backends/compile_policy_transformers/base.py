@@ -57,10 +57,7 @@ def find_components(model: nn.Module) -> list[Found]:
 def called_components(model: nn.Module, found: Sequence[Found], inputs: Mapping[str, Any]) -> set[str]:
     """Paths of those components that one call ``model(**inputs)`` really calls: the proof that they are on its path."""
     called: set[str] = set()
-    handles = [
-        f.module.register_forward_pre_hook(lambda *_, path=f.qualname: called.add(path))  # type: ignore[misc]
-        for f in found
-    ]
+    handles = [f.module.register_forward_pre_hook(lambda *_, path=f.qualname: called.add(path)) for f in found]
     try:
         with torch.no_grad():
             model(**inputs)
@@ -77,8 +74,9 @@ def _find_heads(model: nn.Module) -> list[Found]:
         get_head = getattr(owner, "get_output_embeddings", None)
         head = get_head() if get_head is not None else None
         # a decoder may answer its *input* embeddings here (udop): a table of vectors is no head
-        is_head = isinstance(head, nn.Module) and not isinstance(head, nn.Embedding)
-        if is_head and not any(head is known for known in modules):
+        if not isinstance(head, nn.Module) or isinstance(head, nn.Embedding):
+            continue
+        if not any(head is known for known in modules):
             modules.append(head)
     return [Found("head", path, head) for head in modules if (path := qualname(model, head))]
 
@@ -88,10 +86,13 @@ def _find_decoder(model: nn.Module, others: list[nn.Module]) -> Found | None:
     if rule is not None and rule.decoder:
         return Found("decoder", rule.decoder, model.get_submodule(rule.decoder))
     named = decoder_as_named(model)
-    if named is None or (path := qualname(model, named)) is None:
+    if named is None or qualname(model, named) is None:
         return None
+    if any(holds(named, other) for other in others):  # a causal language model knows its own decoder
+        inner = decoder_as_named(named)
+        named = inner if inner is not None and holds(named, inner) else named
     module, obstacle = _descend(named, others)
-    path = qualname(model, module) if module is not named else path
+    path = qualname(model, module)
     assert path is not None
     return Found("decoder", path, module, obstacle=obstacle) if _holds_blocks(module, others) else None
 

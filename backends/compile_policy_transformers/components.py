@@ -46,12 +46,14 @@ class ComponentRule:
         why: what Transformers answers, and what happens instead.
         decoder: path of the decoder; empty leaves the general rule.
         inner: path of a sub-model that is resolved in place of the whole.
+        encoders: modality and path of encoders that neither ``get_encoder`` nor their classes tell.
     """
 
     model_type: str
     why: str
     decoder: str = ""
     inner: str = ""
+    encoders: tuple[tuple[str, str], ...] = ()
 
 
 # Most exceptions need no entry: a decoder that holds its head (llama4, blip-2, kosmos-2, kosmos-2.5, pix2struct,
@@ -67,6 +69,8 @@ RULES: tuple[ComponentRule, ...] = (
         "get_decoder() is the whole policy with its vision tower; the language model inside is called",
         decoder="model.vlm.language_model",
     ),
+    ComponentRule("granite_speech", "get_encoder() is the model itself", encoders=(("audio", "model.encoder"),)),
+    ComponentRule("granite_speech_plus", "get_encoder() is the model itself", encoders=(("audio", "model.encoder"),)),
     ComponentRule("qwen2_5_omni", "get_decoder() is the model itself; the thinker answers", inner="thinker"),
     ComponentRule("qwen3_omni_moe", "get_decoder() is the model itself; the thinker answers", inner="thinker"),
 )

@@ -11,11 +11,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from compile_policy.errors import UnsupportedModelError
 
-from .components import Found, as_model, holds, qualname
+from .components import Found, as_model, holds, qualname, rule_for
 
 MODALITIES = ("image", "video", "audio")
 
-# What an encoder class says it is fed with; the language models say "input_ids".
+# Transformers' own names for encoders, and what an encoder class says it is fed with (language models: "input_ids").
+_NAMES = {
+    *("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower"),
+    *("audio_tower", "audio_encoder", "speech_encoder"),
+}
 _PICTURES = {"pixel_values", "pixel_values_videos", "flattened_patches"}
 _SOUNDS = {"input_features", "input_values", "audio_values"}
 
@@ -49,6 +53,9 @@ def find_encoders(model: nn.Module) -> list[Found]:
         tower = _named_encoder(model, modality)
         if tower is not None and (modality == "audio" or _takes(model, modality)):
             modalities.setdefault(tower, set()).add(modality)
+    rule = rule_for(model)
+    for modality, path in rule.encoders if rule is not None else ():
+        modalities.setdefault(model.get_submodule(path), set()).add(modality)
     for tower in _towers(model):
         if not any(holds(known, tower) or holds(tower, known) for known in modalities):
             modalities[tower] = _modalities_by_name(model, tower)
@@ -107,26 +114,28 @@ def _reads_token_ids(module: nn.Module) -> bool:
 
 def _towers(module: nn.Module) -> Iterator[nn.Module]:
     """The outermost modules below ``module`` that are fed with pixels or sound."""
-    for child in module.children():
-        if _is_tower(child):
+    for name, child in module.named_children():
+        if _is_tower(name, child):
             yield child
         else:
             yield from _towers(child)
 
 
-def _is_tower(module: nn.Module) -> bool:
-    if not isinstance(module, PreTrainedModel) or module.main_input_name not in _PICTURES | _SOUNDS:
+def _is_tower(name: str, module: nn.Module) -> bool:
+    if not isinstance(module, PreTrainedModel) or _reads_token_ids(module):
         return False
     # An image tokenizer (VQ-VAE) is used through encode(): calling it, and so compiling its call, never happens.
-    tokenizes = hasattr(module, "encode") and hasattr(module, "decode")
-    return not tokenizes and not _reads_token_ids(module)
+    if hasattr(module, "encode") and hasattr(module, "decode"):
+        return False
+    return name in _NAMES or module.main_input_name in _PICTURES | _SOUNDS
 
 
 def _modalities_by_name(model: nn.Module, tower: nn.Module) -> set[str]:
     assert isinstance(tower, PreTrainedModel)
-    if tower.main_input_name in _SOUNDS:
+    name = (qualname(model, tower) or "").rsplit(".", 1)[-1]
+    if tower.main_input_name in _SOUNDS or "audio" in name or "speech" in name:
         return {"audio"}
-    if "video" in (qualname(model, tower) or "").rsplit(".", 1)[-1]:
+    if "video" in name:
         return {"video"}
     return {"image"}
 

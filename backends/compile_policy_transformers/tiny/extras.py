@@ -21,11 +21,12 @@ def add_extras(
     inputs = dict(inputs)
     ids = inputs["input_ids"]
     batch, length = ids.shape
-    if "input_ids" not in accepted and "decoder_input_ids" in accepted:  # the encoder reads pixels only
+    if model.config.is_encoder_decoder and model.main_input_name != "input_ids":  # the encoder reads pixels only
         inputs["decoder_input_ids"] = inputs.pop("input_ids")
         inputs["decoder_attention_mask"] = inputs.pop("attention_mask")
-    elif model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = torch.randint(3, 256, (batch, 3), generator=generator)
+    elif model.config.is_encoder_decoder or "self_conditioning_logits" in accepted:
+        canvas = getattr(model.config, "canvas_length", 3)
+        inputs["decoder_input_ids"] = torch.randint(3, 256, (batch, canvas), generator=generator)
     if "bbox" in accepted:
         corners = torch.rand(batch, length, 2, generator=generator) * 0.4 + 0.05
         inputs["bbox"] = torch.cat([corners, corners + 0.3], dim=-1)
@@ -42,4 +43,9 @@ def add_extras(
     if "protein_input_ids" in accepted:
         inputs["protein_input_ids"] = torch.randint(5, 20, (batch, 7), generator=generator)
         inputs["protein_attention_mask"] = torch.ones(batch, 7, dtype=torch.long)
+    if "state" in accepted:
+        config, shape = model.config, (batch, model.config.chunk_size, model.config.max_action_dim)
+        inputs["state"] = torch.randn(batch, config.max_state_dim, generator=generator)
+        inputs["noise"] = torch.randn(shape, generator=generator)
+        inputs["timestep"] = torch.rand(batch, generator=generator)
     return inputs

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .styles import Request, Size, first, one_per_row, style_of
+from .styles import NEEDS_IMAGES, Request, Size, first, one_per_row, style_of
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,11 @@ def make_images(model: PreTrainedModel, sizes: list[Size], batch: int, generator
     """Pixel inputs and placeholder tokens for ``batch`` rows of the images of ``sizes`` (height, width in pixels).
 
     Raises:
-        ValueError: the model takes no images.
+        ValueError: the model takes no images, or needs one.
     """
     if not sizes:
+        if model.config.model_type in NEEDS_IMAGES:
+            raise ValueError(f"{type(model).__name__} needs an image with every text.")
         return NO_IMAGES
     if not {"image", "video"} & set(model.input_modalities) and feature_method(model) is None:
         raise ValueError(f"{type(model).__name__} takes no images.")
@@ -55,7 +57,8 @@ def make_images(model: PreTrainedModel, sizes: list[Size], batch: int, generator
 
 def placeholder(model: PreTrainedModel) -> int | None:
     """The token that stands for a piece of an image; ``None`` when images come in another way."""
-    found = first(model.config, "image_token_id", "image_token_index", "image_patch_id", "video_token_index")
+    config = first(model.config, "vlm_config") or model.config
+    found = first(config, "image_token_id", "image_token_index", "image_patch_id", "video_token_index")
     if found is None and (mapping := getattr(model.config, "vocabulary_map", None)):
         found = mapping["<image>"]
     return cast("int | None", found)
@@ -72,7 +75,10 @@ def _count(model: PreTrainedModel, tensors: dict[str, Any]) -> int:
     # a wrapper may take fewer arguments by name than what it wraps
     methods = list(_feature_methods(model))
     if not methods:
-        return int(first(model.config, "num_query_tokens") or 1) * tensors["pixel_values"].shape[1]  # frames of a clip
+        queries = getattr(model.config, "num_query_tokens", None)  # for each frame of a clip
+        return int(queries * tensors["pixel_values"].shape[1]) if queries else 1
+    if model.config.model_type == "pi0":  # its own forward takes cameras by row, the model inside one after another
+        tensors = {"pixel_values": tensors["pixel_values"].flatten(0, 1)}
     method = max(methods, key=lambda m: len(tensors.keys() & inspect.signature(m).parameters.keys()))
     accepted = inspect.signature(method).parameters
     features = method(**{name: value for name, value in tensors.items() if name in accepted})
@@ -102,7 +108,9 @@ def feature_method(model: nn.Module) -> Callable[..., Any] | None:
 
 
 def _feature_methods(model: nn.Module) -> Iterator[Callable[..., Any]]:
-    for owner in (model, getattr(model, "model", None), getattr(model, "base_model", None)):
+    inner = getattr(model, "model", None)
+    parts = (getattr(inner, name, None) for name in ("encoder", "vlm"))
+    for owner in (model, inner, getattr(model, "base_model", None), *parts):
         method: Any = getattr(owner, "get_image_features", None)
         if method is not None and "args" not in inspect.signature(method).parameters:
             yield method

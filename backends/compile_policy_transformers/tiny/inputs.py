@@ -52,12 +52,13 @@ def tiny_inputs(
     rows = [_row(model, text_len - _shorter_by(b, text_len), block, generator) for b in range(batch)]
     inputs: dict[str, Any] = _pad_left(rows)
     inputs |= _token_types(inputs["input_ids"], block.token_id, accepted, bool(images))
-    inputs |= {name: value for name, value in block.tensors.items() if name in accepted}
+    named = {name: value for name, value in block.tensors.items() if name in accepted}
+    inputs |= named or block.tensors  # named nowhere: they travel as keywords to an encoder inside
     return add_extras(model, inputs, accepted, len(images), generator)
 
 
 def _shorter_by(row: int, text_len: int) -> int:
-    return min(2 * row + (row > 0), text_len - 2)
+    return min(text_len // 3 + 2 * row, text_len - 2) if row else 0
 
 
 def _row(model: PreTrainedModel, text_len: int, block: Images, generator: torch.Generator) -> torch.Tensor:

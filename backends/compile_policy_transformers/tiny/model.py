@@ -53,10 +53,21 @@ def tiny_model(model_type: str, *, seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)
         model: PreTrainedModel = compat.build_from_config(cls, config).eval()
     _draw_weights(model, seed)
-    # a generated placeholder would ask for a picture that isn't there
-    special = list(range(FIRST_SPECIAL_ID, VOCAB))
-    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0, bos_token_id=1, suppress_tokens=special)
+    if model.can_generate():
+        _make_greedy(model.generation_config)
     return model
+
+
+def _make_greedy(config: GenerationConfig) -> None:
+    """Greedy, without an end; ids above the text are kept back, as a placeholder would ask for a missing picture."""
+    config.update(
+        do_sample=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+        forced_eos_token_id=None,
+        suppress_tokens=list(range(FIRST_SPECIAL_ID, VOCAB)),
+    )
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
@@ -112,7 +123,7 @@ def _set_mrope_sections(values: dict[str, Any]) -> None:
 @torch.no_grad()
 def _draw_weights(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    embeddings = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Embedding)}
+    embeddings = _embedding_scales(model)
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             continue
@@ -122,14 +133,26 @@ def _draw_weights(model: nn.Module, seed: int) -> None:
         elif _is_closed_gate(name, parameter):
             # a gate that starts closed would hide the branch behind it from every comparison
             parameter.copy_(0.5 + 0.1 * torch.randn(parameter.shape, generator=generator))
+        elif name.endswith("A_log"):  # a slow decay, so that a state remembers further than a few tokens
+            parameter.uniform_(math.log(0.05), math.log(0.5), generator=generator)
         elif name.endswith("bias"):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def _std(parameter: torch.Tensor, embedding: nn.Embedding | None) -> float:
-    if embedding is not None:
-        scale = getattr(embedding, "embed_scale", 1.0)
-        return EMBEDDING_STD / max(float(scale), 1.0)
+def _embedding_scales(model: nn.Module) -> dict[int, float]:
+    """What the model multiplies each embedding with, said by the embedding itself or by the module around it."""
+    out = {}
+    for owner in model.modules():
+        for child in owner.children():
+            if isinstance(child, nn.Embedding):
+                scale = getattr(child, "embed_scale", getattr(owner, "embed_scale", 1.0))
+                out[id(child.weight)] = max(float(scale or 1.0), 1.0)
+    return out
+
+
+def _std(parameter: torch.Tensor, embedding_scale: float | None) -> float:
+    if embedding_scale is not None:
+        return EMBEDDING_STD / embedding_scale
     fan_in = parameter[0].numel() if parameter.ndim != 3 else parameter.shape[-1]
     return GAIN / math.sqrt(max(fan_in, 1))
 

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+_CONVOLUTIONAL = {
+    "model_type": "resnet",
+    "hidden_size": 64,
+    "hidden_sizes": [16, 64],
+    "depths": [1, 1],
+    "embedding_size": 16,
+    "layer_type": "basic",
+}
+
 # Arguments of the default configuration, before it is shrunk: sub-configurations that default to nothing.
 FILL_IN: dict[str, dict[str, Any]] = {
     "gemma4": {"vision_config": {}, "audio_config": {}},
     "gemma4_unified": {"vision_config": {}, "audio_config": {}},
     "diffusion_gemma": {"vision_config": {}},
+    # Their towers come from timm, in fixed sizes; a tower with outputs of the same form stands in.
+    "fast_vlm": {"vision_config": _CONVOLUTIONAL},
+    "perception_lm": {"vision_config": {"model_type": "clip_vision_model", "model_args": {"embed_dim": 64}}},
 }
 
 _GEMMA3 = {"mm_tokens_per_image": 4}  # 4x4 patches pooled to 2x2 tokens
@@ -65,16 +77,22 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "vq_config.num_res_blocks": 1,
     },
     "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [3, 3, 2]},  # height and width are interleaved
+    "fun_asr_nano": {"adaptor_config.intermediate_size": 16},
     "gemma3": _GEMMA3,
     "llama4": {"vision_config.intermediate_size": 256, "vision_config.vision_output_dim": 64},
     "shieldgemma2": _GEMMA3,
+    "gemma4_unified": {
+        "vision_config.mm_embed_dim": 64,
+        "vision_config.mm_posemb_size": 64,
+        "vision_config.output_proj_dims": 64,
+    },
     "granite4_vision": {
         "downsample_rate": "1/2",
         "deepstack_layer_map": [[1, 0]],
         "spatial_target_layers": [0, 1, 0, 1],
     },
     "hunyuan_vl": {"text_config.head_dim": 16, "text_config.rope_parameters.mrope_section": [2, 2, 2, 2]},
-    "inkling_mm_model": {"vision_config.n_layers": 6},  # as many as its plan of scales has; fewer need scipy
+    "inkling_mm_model": {"vision_config.patch_size": 8, "vision_config.n_layers": 5},  # fewer layers need scipy
     "molmo2": {"vision_config.num_position_embeddings": 16, "adapter_config.vision_feature_layer": [1, 0]},
     "qwen2_5_omni_thinker": _OMNI,
     "qwen3_omni_moe_thinker": _OMNI,
@@ -110,7 +128,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "audio_config.adapter_input_size": 64,
         "audio_config.adapter_out_dim": 64,
     },
-    "evolla": {"use_cache": True},
     "florence2": {
         "vision_config.embed_dim": [32, 32, 32, 64],
         "vision_config.depths": [1, 1, 1, 1],
@@ -125,6 +142,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "vq_config.num_embeddings": 16,
         "vq_config.num_res_blocks": 1,
     },
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "kyutai_speech_to_text": {"codec_config.upsample_groups": 64},
+    "mamba2": {"head_dim": 32},
     "minicpm_ocr": _MINICPM,
     "minicpmv4_6": _MINICPM,
     "minicpmv4_7": _MINICPM,
@@ -136,6 +156,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "unlimited_ocr": {
         "vision_config.sam_config.downsample_channels": [64, 64],
         "vision_config.sam_config.output_channels": 64,
+    },
+    "qwen2_5_omni": {"token2wav_config.bigvgan_config.upsample_initial_channel": 64},
+    "qwen3_omni_moe": {
+        "talker_config.text_config.shared_expert_intermediate_size": 32,
+        "talker_config.spatial_merge_size": 2,
+    },
+    "vibevoice_asr": {
+        f"{kind}_tokenizer_encoder_config.{name}": value
+        for kind in ("acoustic", "semantic")
+        for name, value in {"depths": [1, 1, 1], "downsampling_ratios": [2, 2], "num_filters": 8}.items()
     },
     "vipllava": {"vision_feature_layers": [-2, -1]},
 }

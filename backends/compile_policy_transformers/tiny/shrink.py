@@ -18,7 +18,7 @@ POSITIONS = 512
 
 _FIXED_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _TOKEN_FIELD = re.compile(r"(_token_id|_token_index|_token_ids|^im_(start|end|newline)_id|_patch_id|^codec_.*_id)$")
-_LAYER_INDICES = re.compile(r"(_indexes|_indices|_idxs|cross_attention_layers|_target_layers)$")
+_LAYER_INDICES = re.compile(r"(_indexes|(?<!^out)_indices|_idxs|cross_attention_layers|_target_layers)$")
 _NOT_A_MODEL = {"id2label", "label2id"}
 
 
@@ -56,6 +56,18 @@ RULES: tuple[Rule, ...] = (
     Rule(r"^max_position_embeddings$", POSITIONS),
     Rule(r"^(max_source_positions)$", 32),
 )
+
+
+# Multipliers of large models would flatten a small one; other than one, so that forgetting them shows.
+_MULTIPLIERS = {
+    "embedding_multiplier": 1.5,
+    "residual_multiplier": 0.8,
+    "logits_scaling": 0.7,
+    "logit_scale": 0.7,
+    "attention_multiplier": 0.3,
+    "logits_mup_width_multiplier": 0.7,
+    "output_multiplier": 1.5,
+}
 
 
 @dataclass
@@ -115,6 +127,8 @@ def _shrink_list(name: str, value: list[Any], kept: _Kept) -> list[Any]:
 
 
 def _apply(name: str, value: Any, layers: int) -> Any:
+    if name in _MULTIPLIERS and value is not None:
+        return _MULTIPLIERS[name]
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         return value
     for rule in RULES:
@@ -168,6 +182,8 @@ def _agree(original: dict[str, Any], config: dict[str, Any]) -> None:
         square = config["vision_config"]["image_size"]
         config["image_grid_pinpoints"] = [[square, 2 * square], [2 * square, square]]
     patch = config.get("patch_size")
+    if isinstance(patch, (list, tuple)) and len(set(patch)) == 1:
+        patch = patch[0]
     if isinstance(patch, int) and ("hidden_size" in config or "embed_dim" in config):
         _shrink_pictures(config, patch)
 

@@ -88,6 +88,11 @@ def pictures_per_row(request: Request) -> Tensors:
     return {"pixel_values": nested(request)["pixel_values"]}
 
 
+def single_tiles(request: Request) -> Tensors:
+    """perception_lm: one tile of each image."""
+    return {"pixel_values": fixed(request)["pixel_values"][:, None]}
+
+
 def space_time(request: Request) -> Tensors:
     """inkling: one patch of frames, rows, columns and channels per token."""
     vision = request.vision
@@ -110,5 +115,7 @@ SPECIAL: dict[str, Style] = {
     "minicpmv4_7": blocks,
     "mllama": aspect_tiles,
     "molmo2": pooled,
+    "perception_lm": single_tiles,
+    "pi0": tiles,
     "pix2struct": flattened,
 }

@@ -180,14 +180,15 @@ _BY_ARGUMENT: tuple[tuple[str, Style], ...] = (
 
 # These see one picture a row, beside the text and not in it.
 _ONE_PER_ROW = {
-    "blip",
-    "git",
-    "kosmos-2",
-    "kosmos-2.5",
-    "pix2struct",
-    "pp_formulanet",
-    "udop",
+    *("blip", "git", "instructblipvideo", "kosmos-2", "kosmos-2.5", "pix2struct", "pp_formulanet", "udop"),
     "vision-encoder-decoder",
+}
+
+
+# These cannot do without a picture.
+NEEDS_IMAGES = {
+    *("blip", "blip-2", "idefics", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5"),
+    *("pi0", "pix2struct", "pp_formulanet", "vision-encoder-decoder"),
 }
 
 
