@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import runpy
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -498,3 +500,13 @@ def test_an_embedding_that_does_more_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="ScaledWordEmbedding where a plain Embedding is needed"):
         use_parallel_vocab_(model)
     assert type(model.get_output_embeddings()) is nn.Linear
+
+
+def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
+    """What the example prints is what its comments promise."""
+    path = Path(__file__).resolve().parents[1] / "examples" / "pluggable_layer.py"
+    runpy.run_path(str(path), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:5] == ["building LoudNorm(64,)"] * 5
+    assert [line.endswith("LlamaRMSNorm': 5} True") for line in lines[5:7]] == [True, True]
+    assert lines[7:] == [str([7] * 8), "True"]
