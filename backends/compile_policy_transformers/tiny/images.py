@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .styles import NEEDS_IMAGES, Request, Size, first, one_per_row, style_of
+from .forms import style_of
+from .special import NEEDS_IMAGES, one_per_row
+from .styles import Request, Size, first
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedModel
 
 from .styles import Request, Style, Tensors, fixed, nested, patches, side, tiles
 
@@ -119,3 +120,21 @@ SPECIAL: dict[str, Style] = {
     "pi0": tiles,
     "pix2struct": flattened,
 }
+
+# These see one picture a row, beside the text and not in it.
+_ONE_PER_ROW = {
+    *("blip", "git", "instructblipvideo", "kosmos-2", "kosmos-2.5", "pix2struct", "pp_formulanet", "udop"),
+    "vision-encoder-decoder",
+}
+
+
+# These cannot do without a picture.
+NEEDS_IMAGES = {
+    *("blip", "blip-2", "idefics", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5"),
+    *("pi0", "pix2struct", "pp_formulanet", "vision-encoder-decoder"),
+}
+
+
+def one_per_row(model: PreTrainedModel) -> bool:
+    """Whether the model takes a single picture with each text."""
+    return model.config.model_type in _ONE_PER_ROW

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.image_processing_utils import select_best_resolution
 
 Size = tuple[int, int]
 Tensors = dict[str, Any]
@@ -123,8 +123,6 @@ def tiles(request: Request) -> Tensors:
 
 def crops(request: Request) -> Tensors:
     """An overview and the tiles of the best fitting grid for each image, and the sizes of the originals."""
-    from transformers.image_processing_utils import select_best_resolution
-
     square = side(request.vision)
     best = [select_best_resolution(size, request.config.image_grid_pinpoints) for size in request.sizes]
     most = max(1 + (h // square) * (w // square) for h, w in best)
@@ -166,44 +164,3 @@ def positioned(request: Request) -> Tensors:
         positions[i, : h * w] = torch.stack([columns.flatten(), rows.flatten()], dim=-1)
     values = request.noise(len(shapes), longest, 3 * patch**2)
     return {"pixel_values": values, "image_position_ids": positions}
-
-
-_BY_ARGUMENT: tuple[tuple[str, Style], ...] = (
-    ("image_grid_thw", grid),
-    ("image_grid_hw", grid_hw),
-    ("spatial_shapes", packed),
-    ("image_position_ids", positioned),
-    ("image_sizes", sized),
-    ("pixel_attention_mask", nested),
-)
-
-
-# These see one picture a row, beside the text and not in it.
-_ONE_PER_ROW = {
-    *("blip", "git", "instructblipvideo", "kosmos-2", "kosmos-2.5", "pix2struct", "pp_formulanet", "udop"),
-    "vision-encoder-decoder",
-}
-
-
-# These cannot do without a picture.
-NEEDS_IMAGES = {
-    *("blip", "blip-2", "idefics", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5"),
-    *("pi0", "pix2struct", "pp_formulanet", "vision-encoder-decoder"),
-}
-
-
-def one_per_row(model: PreTrainedModel) -> bool:
-    """Whether the model takes a single picture with each text."""
-    return model.config.model_type in _ONE_PER_ROW
-
-
-def style_of(model: PreTrainedModel, features: Callable[..., Any] | None) -> Style:
-    """The style of the model: by name where only that tells, else by the arguments of its feature method."""
-    from .special import SPECIAL
-
-    if model.config.model_type in SPECIAL:
-        return SPECIAL[model.config.model_type]
-    accepted = inspect.signature(features).parameters if features is not None else {}
-    if "image_sizes" in accepted and first(model.config, "image_grid_pinpoints"):
-        return crops
-    return next((style for argument, style in _BY_ARGUMENT if argument in accepted), fixed)
