@@ -124,10 +124,12 @@ class Call:
     fillers: list[Filler | None]
     sizes: Mapping[str, int]
     values: Mapping[str, Any]
+    label: LabelFn
+    example: Callable[[], Mapping[str, Any]] | None = None
 
     def description(self) -> Call:
         """The call without its tensors and values, to be kept without keeping them alive."""
-        return replace(self, leaves=[], values={})
+        return replace(self, leaves=[], values={}, example=None)
 
 
 def make_call(
@@ -136,6 +138,7 @@ def make_call(
     extra: tuple[Any, ...] = (),
     fillers: Mapping[str, Filler] | None = None,
     sizes: Mapping[str, int] | None = None,
+    example: Callable[[], Mapping[str, Any]] | None = None,
 ) -> Call:
     """Flatten named arguments.
 
@@ -145,6 +148,7 @@ def make_call(
         extra: further parts of the key (modes, fingerprint).
         fillers: path -> how to fill the example of that tensor.
         sizes: label -> size in the example, where one of its own would not do.
+        example: makes the arguments of a whole example call.
 
     Raises:
         NotCompilable: an argument that cannot be passed to a graph.
@@ -153,7 +157,16 @@ def make_call(
     spec = tuple((name, flatten(value, out, name)) for name, value in values.items())
     metadata = tuple(_metadata(t, ls) for t, ls in zip(out.tensors, out.labels, strict=True))
     return Call(
-        (spec, metadata, *extra), spec, out.tensors, out.labels, out.paths, out.example_fillers, sizes or {}, values
+        key=(spec, metadata, *extra),
+        spec=spec,
+        leaves=out.tensors,
+        labels=out.labels,
+        paths=out.paths,
+        fillers=out.example_fillers,
+        sizes=sizes or {},
+        values=values,
+        label=label,
+        example=example,
     )
 
 

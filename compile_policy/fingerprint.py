@@ -35,10 +35,30 @@ class Fingerprint:
             self._current = self._known.setdefault(structure, len(self._known))
         return self._current
 
+    def difference(self, was: int, now: int) -> str:
+        """The first place in which two structures differ, in words."""
+        by_number = {number: structure for structure, number in self._known.items()}
+        return difference(by_number[was], by_number[now])
+
 
 def fingerprint(module: torch.nn.Module) -> tuple[Any, ...]:
     """The structure of ``module`` and everything below it as nested tuples."""
     return tuple((name, _one(m)) for name, m in module.named_modules(remove_duplicate=False))
+
+
+def difference(was: tuple[Any, ...], now: tuple[Any, ...]) -> str:
+    """The first module, and what about it, in which two fingerprints differ."""
+    parts = ("class", "training flag", "hooks", "attribute", "parameter or buffer")
+    for (name, before), (_, after) in zip(was, now, strict=False):
+        for part, x, y in zip(parts, before, after, strict=True):
+            if x == y:
+                continue
+            if part == "attribute":
+                old, new = dict(x), dict(y)
+                changed = next((n for n in {**old, **new} if old.get(n) != new.get(n)), "")
+                return f"attribute {changed!r} of {name or 'the component'}"
+            return f"{part} of {name or 'the component'}"
+    return f"the module tree ({len(was)} modules, now {len(now)})"
 
 
 def _one(m: torch.nn.Module) -> tuple[Any, ...]:

@@ -21,6 +21,8 @@ _IGNORABLE_ORIGINS = (
     "in meta_copy_",
     # matmul folds batch dims or expands them, by strides and by sizes 1; the product is the same either way.
     "in matmul)",
+    # The packed projection of nn.MultiheadAttention asks whether a transposed tensor has to be copied.
+    "in _in_projection_packed)",
 )
 _FUNCTIONS: dict[str, Any] = {"Max": max, "Min": min, "floor": lambda x: int(x // 1)}
 

@@ -62,6 +62,7 @@ class Bound:
         label: labels of a tensor argument, from its path.
         fillers: path -> how to fill the example, where random values would not do.
         sizes: label -> size in the example, where a size of its own would not do.
+        example: makes the whole example call, where its tensors have to fit together; used instead of fillers.
         boundary: whether this call starts a sequence, so that the structure is looked at again.
     """
 
@@ -69,6 +70,7 @@ class Bound:
     label: Callable[[str, torch.Tensor], Labels]
     fillers: Mapping[str, Filler] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
+    example: Callable[[], Mapping[str, Any]] | None = None
     boundary: bool = True
 
 
@@ -174,7 +176,7 @@ class Region:
             self.module.training,
             compat.autocast_state(),
         )
-        return make_call(bound.values, bound.label, (modes, structure), bound.fillers, bound.sizes)
+        return make_call(bound.values, bound.label, (modes, structure), bound.fillers, bound.sizes, bound.example)
 
     def _find(self, call: Call) -> Entry | None:
         for entry in self.entries.get(call.key, ()):
@@ -200,7 +202,7 @@ class Region:
                 raise NotCompilable(self.refused[call.key])
             self._check_budget()
             self._announce(call)
-            for example, labels in examples(call):
+            for example, labels in self._examples(call):
                 entry = self._build(call, example, labels)
                 if entry.graph.accepts(call.leaves):
                     return entry
@@ -210,6 +212,12 @@ class Region:
             )
             self.refused[call.key] = reason
             raise NotCompilable(reason)
+
+    def _examples(self, call: Call) -> Iterator[tuple[list[torch.Tensor], Sequence[Labels]]]:
+        if call.example is None:
+            return examples(call)
+        made = make_call(call.example(), call.label)
+        return iter([(made.leaves, call.labels)])
 
     def _build(self, call: Call, example: list[torch.Tensor], labels: Sequence[Labels]) -> Entry:
         started = time.perf_counter()
@@ -253,8 +261,17 @@ class Region:
         emit("compile_start", self.name, "compiling", paths=list(call.paths))
         known = [e for found in self.entries.values() for e in found]
         if known:
-            difference = known[-1].difference(call)
+            difference = self._difference(known[-1], call)
             emit("new_entry", self.name, f"another graph is needed: {difference}", difference=difference)
+
+    def _difference(self, entry: Entry, call: Call) -> str:
+        """What made another graph necessary, in words."""
+        (modes, structure), (modes_now, structure_now) = entry.call.key[2:], call.key[2:]
+        if structure != structure_now:
+            return f"{self.fingerprint.difference(structure, structure_now)} changed"
+        if modes != modes_now:
+            return f"(grad, inference, training, autocast) are {modes_now}, were {modes}"
+        return entry.difference(call)
 
     def _fault(self, call: Call, error: BaseException) -> NoReturn:
         """Remember that this key cannot be compiled; ``on_fault="error"`` raises the original."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.utils import output_capturing
 
 
 def build_from_config(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -51,3 +52,30 @@ def rope_types(module: nn.Module) -> set[str]:
         kind = child.__dict__.get("rope_type")
         out |= set(kind.values()) if isinstance(kind, dict) else {kind} if isinstance(kind, str) else set()
     return out
+
+
+def install_output_capturing(module: nn.Module) -> None:
+    """Install Transformers' output-capturing hooks now instead of at the first call that asks for hidden states.
+
+    They change the structure that a graph was traced on, so they have to be there before the first graph.
+    """
+    if isinstance(module, PreTrainedModel):
+        output_capturing.maybe_install_capturing_hooks(module)
+
+
+def _never(*args: Any, **kwargs: Any) -> bool:
+    return False
+
+
+def disable_auto_compile(model: nn.Module) -> None:
+    """Keep `generate` from compiling the whole model by itself; set on the instance, so no other model is touched.
+
+    ``generation_config.disable_compile`` would do the same until a caller brings a generation config of their own.
+    """
+    if hasattr(model, "_valid_auto_compile_criteria"):
+        model.__dict__["_valid_auto_compile_criteria"] = _never
+
+
+def enable_auto_compile(model: nn.Module) -> None:
+    """Undo `disable_auto_compile`."""
+    model.__dict__.pop("_valid_auto_compile_criteria", None)

@@ -20,7 +20,7 @@ from transformers.masking_utils import create_masks_for_generate
 from compile_policy.errors import NotCompilable
 from compile_policy.region import Bound
 from compile_policy.shapes import Labels
-from compile_policy_transformers import attention, caches
+from compile_policy_transformers import attention, caches, compat
 
 _SLIDING = ("sliding_attention", "chunked_attention")
 #: Visual tokens are some of the example's 2 x 3 positions.
@@ -30,13 +30,18 @@ _EXAMPLE_SIZES = {"batch": 2, "sequence": 3, "visual_tokens": 5}
 class DecoderBinder:
     """Binds calls of one decoder instance."""
 
-    def __init__(self, decoder: torch.nn.Module, model: torch.nn.Module | None = None) -> None:
+    def __init__(self, decoder: torch.nn.Module) -> None:
         self.config: Any = decoder.config
+        compat.install_output_capturing(decoder)
         self.mask_config = copy.copy(self.config)
         self.mask_config._attn_implementation_internal = attention.DECODER
         self.parameters = inspect.signature(decoder.forward).parameters
         self.shapes: list[caches.LayerShape | None] | None = None
-        self.features = DeepstackFeatures(decoder, model)
+        self.features = DeepstackFeatures(decoder)
+
+    def belongs_to(self, model: torch.nn.Module) -> None:
+        """Learn what only the whole model knows: how many levels of visual features the decoder is handed."""
+        self.features.count_of(model)
 
     @contextmanager
     def tracing(self, module: torch.nn.Module) -> Iterator[None]:
@@ -208,8 +213,11 @@ class _Labels:
 class DeepstackFeatures:
     """Visual features that some decoders add to their first layers; empty ones where a call has none."""
 
-    def __init__(self, decoder: torch.nn.Module, model: torch.nn.Module | None) -> None:
+    def __init__(self, decoder: torch.nn.Module) -> None:
         self.wanted = "deepstack_visual_embeds" in inspect.signature(decoder.forward).parameters
+        self.count = 0
+
+    def count_of(self, model: torch.nn.Module) -> None:
         vision = getattr(getattr(model, "config", None), "vision_config", None)
         self.count = len(getattr(vision, "deepstack_visual_indexes", None) or ())
 

@@ -1,0 +1,87 @@
+"""The policy on a Transformers model: regions where the plan says compile, `generate`'s own compile turned off."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+import torch
+from transformers import PreTrainedConfig
+
+from compile_policy.config import CompilationConfig
+from compile_policy.decorators import ClassPolicy, decorated, policy_of, use_config
+from compile_policy.errors import PolicyWarning
+from compile_policy.plan import Component, Plan
+from compile_policy.region import Binder, Region, RegionOptions, region_of
+from compile_policy_transformers import compat
+from compile_policy_transformers.components import meta_model
+from compile_policy_transformers.decoder import DecoderBinder
+from compile_policy_transformers.planning import make_plan
+from compile_policy_transformers.vision import EncoderBinder
+
+
+def apply(model: torch.nn.Module, config: CompilationConfig) -> Plan:
+    """Put a region in front of every component that is to be compiled.
+
+    Raises:
+        UnsupportedModelError: the configuration asks for something that this model doesn't have.
+    """
+    plan = make_plan(model, config)
+    planned = [_attach(model, component, config) for component in plan.compiled()]
+    for module in model.modules():  # instances of a decorated class that turned out to be no component
+        region = region_of(module)
+        if region is not None and region not in planned and policy_of(type(module)) is None:
+            region.detach()
+    if planned:
+        compat.disable_auto_compile(model)
+    return plan
+
+
+def remove(model: torch.nn.Module) -> None:
+    """Give `generate` back its own decision on compiling; regions are taken off by the caller."""
+    compat.enable_auto_compile(model)
+
+
+def _attach(model: torch.nn.Module, component: Component, config: CompilationConfig) -> Region:
+    module = model.get_submodule(component.qualname)
+    region = region_of(module)
+    if region is None:
+        region = Region(module, role=component.role, binder=binder_for(component.role, module))
+        region.attach()
+    region.role, region.qualname, region.reason = component.role, component.qualname, component.reason
+    region.options = RegionOptions.from_config(config)
+    if isinstance(region.binder, DecoderBinder):
+        region.binder.belongs_to(model)
+    return region
+
+
+def binder_for(role: str, module: torch.nn.Module) -> Binder:
+    """How calls of a component with this role are made canonical."""
+    return DecoderBinder(module) if role == "decoder" else EncoderBinder(module)
+
+
+@contextmanager
+def decorated_for(model_config: PreTrainedConfig, config: CompilationConfig) -> Iterator[None]:
+    """Decorate the component classes of a model before it is built; restored on leaving, whatever happens.
+
+    The classes are found on a model without memory. What cannot be planned there is left to `apply`, which sees the
+    real model and says what is the matter.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PolicyWarning)  # told once, when the plan of the real model is made
+        policies = dict(_policies(model_config, config))
+    with decorated(policies), use_config(config):
+        yield
+
+
+def _policies(model_config: PreTrainedConfig, config: CompilationConfig) -> Iterator[tuple[type, ClassPolicy]]:
+    model = meta_model(model_config)
+    for component in make_plan(model, config).compiled():
+        cls = type(model.get_submodule(component.qualname))
+        is_encoder = component.role != "decoder"
+        role = component.role
+
+        def binder(module: torch.nn.Module, role: str = role) -> Binder:
+            return binder_for(role, module)
+
+        yield cls, ClassPolicy(is_encoder=is_encoder, role=role, binder=binder)

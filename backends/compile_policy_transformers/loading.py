@@ -1,0 +1,72 @@
+"""`load_model`: from a name to a model whose component classes were decorated before it was built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedModel
+
+from compile_policy.config import CompilationConfig
+from compile_policy.plan import Plan
+from compile_policy_transformers.applying import decorated_for
+from compile_policy_transformers.components import meta_model, model_class
+from compile_policy_transformers.planning import make_plan
+from compile_policy_transformers.tiny import tiny_config, tiny_model
+
+#: Folder of the embedded model: what a call without a name loads.
+EMBEDDED = Path(__file__).parent / "embedded"
+_TINY = "tiny:"
+
+
+def load_model(name: str | None = None, *, config: CompilationConfig | None = None, **kwargs: Any) -> PreTrainedModel:
+    """Load a model in eval mode with its component classes decorated while it is built.
+
+    Args:
+        name: a local folder, a hub id, ``tiny:<model type>`` or nothing (the embedded model).
+        config: the configuration; defaults where not given.
+        kwargs: for ``from_pretrained``.
+
+    Raises:
+        OSError, ValueError: what ``from_pretrained`` raises for a model that isn't there.
+    """
+    config = config or CompilationConfig()
+    if name is not None and name.startswith(_TINY):
+        model_type = name.removeprefix(_TINY)
+        with decorated_for(tiny_config(model_type), config):
+            return tiny_model(model_type)
+    place = str(EMBEDDED) if name is None else name
+    model_config = kwargs.pop("model_config", None) or AutoConfig.from_pretrained(place, **_hub_arguments(kwargs))
+    if name is None:
+        kwargs.setdefault("dtype", torch.float32)
+    with decorated_for(model_config, config):
+        model = model_class(model_config).from_pretrained(place, config=model_config, **kwargs)
+    return cast(PreTrainedModel, model.eval())
+
+
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+def load_processor(name: str | None = None) -> Any:
+    """The processor of a model (the embedded one without a name): pictures and text to inputs, ids to text."""
+    return AutoProcessor.from_pretrained(str(EMBEDDED) if name is None else name)
+
+
+def plan(model: Any = None, *, config: CompilationConfig | None = None) -> Plan:
+    """The plan of a model, of a configuration, or of a name, without allocating weights."""
+    config = config or CompilationConfig()
+    if isinstance(model, torch.nn.Module):
+        return make_plan(model, config)
+    if not isinstance(model, PreTrainedConfig):
+        model = config_of(model)
+    return make_plan(meta_model(model), config)
+
+
+def config_of(name: str | None) -> PreTrainedConfig:
+    """The model configuration behind a name as `load_model` takes it."""
+    if name is not None and name.startswith(_TINY):
+        return tiny_config(name.removeprefix(_TINY))
+    return AutoConfig.from_pretrained(str(EMBEDDED) if name is None else name)

@@ -1,0 +1,99 @@
+"""`apply`, `remove`, `plan`, `report`, `eager`: the policy on a model that exists.
+
+What was applied is kept beside the model, not on it: its type, ``state_dict`` and pickle stay as they are, and a copy
+of the model is a model without policy.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from compile_policy.backend import find_backend
+from compile_policy.config import CompilationConfig
+from compile_policy.plan import ComponentReport, Plan, Report
+from compile_policy.region import Region, region_of
+
+M = TypeVar("M", bound=torch.nn.Module)
+_plans: weakref.WeakKeyDictionary[torch.nn.Module, Plan] = weakref.WeakKeyDictionary()
+
+
+def load_model(name: str | None = None, *, config: CompilationConfig | None = None, **kwargs: Any) -> Any:
+    """Load a model with the policy applied before its modules are built.
+
+    Args:
+        name: a local folder, a hub id, ``tiny:<model type>`` (random weights) or nothing (the embedded model).
+        config: the configuration; defaults where not given.
+        kwargs: for the library's own loader, such as ``dtype`` or ``device_map``.
+
+    Raises:
+        PolicyError: the model cannot be loaded, or cannot do what the configuration asks.
+    """
+    backend = find_backend()
+    model = backend.load_model(name, config=config, **kwargs)
+    _plans[model] = backend.apply(model, config or CompilationConfig())
+    return model
+
+
+def apply(model: M, config: CompilationConfig | None = None) -> M:
+    """Put the policy on a model that exists; a policy applied earlier is removed first. Returns the same model.
+
+    Raises:
+        UnsupportedModelError: the configuration asks for something that this model doesn't have.
+    """
+    remove(model)
+    _plans[model] = find_backend().apply(model, config or CompilationConfig())
+    return model
+
+
+def remove(model: M) -> M:
+    """Take the policy off a model and everything below it. Returns the same model."""
+    for region in regions(model):
+        region.detach()
+    if _plans.pop(model, None) is not None:
+        find_backend().remove(model)
+    return model
+
+
+def plan(model: Any = None, *, config: CompilationConfig | None = None) -> Plan:
+    """What would be compiled and why, without loading weights.
+
+    Args:
+        model: a model, or a name as `load_model` takes it.
+    """
+    return find_backend().plan(model, config=config)
+
+
+def report(model: torch.nn.Module) -> Report:
+    """What was planned for a model, and what happened since."""
+    found = {id(region): region for region in regions(model)}
+    planned = _plans.get(model)
+    rows: list[ComponentReport] = []
+    for component in planned.components if planned else ():
+        region = region_of(model.get_submodule(component.qualname))
+        if region is None or component.decision != "compile":
+            rows.append(
+                ComponentReport(component.role, component.qualname, component.cls, component.decision, component.reason)
+            )
+        else:
+            rows.append(found.pop(id(region)).report())
+    rows += [region.report() for region in found.values()]
+    return Report(tuple(rows), planned.notes if planned else ())
+
+
+@contextmanager
+def eager(model: torch.nn.Module) -> Iterator[None]:
+    """Inside the block, the model runs as if no policy were applied."""
+    with ExitStack() as stack:
+        for region in regions(model):
+            stack.enter_context(region.pause())
+        yield
+
+
+def regions(model: torch.nn.Module) -> list[Region]:
+    """The regions in front of a model and the modules below it."""
+    return [region for module in model.modules() if (region := region_of(module)) is not None]

@@ -1,0 +1,58 @@
+"""Modelling backends, found by entry point.
+
+A backend is a module that knows one modelling library: it loads models, says what their components are and applies
+the policy to them. Packages add one under the entry point group ``compile_policy.backends``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import Any, Protocol, cast
+
+import torch
+
+from compile_policy.config import CompilationConfig
+from compile_policy.errors import PolicyError
+from compile_policy.plan import Plan
+
+GROUP = "compile_policy.backends"
+# Where the project runs from a plain checkout there is no installed metadata to ask.
+_BUILT_IN = {"transformers": "compile_policy_transformers"}
+
+
+class Backend(Protocol):
+    """What a backend module offers."""
+
+    def load_model(
+        self, name: str | None = None, *, config: CompilationConfig | None = None, **kwargs: Any
+    ) -> torch.nn.Module: ...
+
+    def plan(self, model: Any = None, *, config: CompilationConfig | None = None) -> Plan: ...
+
+    def apply(self, model: torch.nn.Module, config: CompilationConfig) -> Plan: ...
+
+    def remove(self, model: torch.nn.Module) -> None: ...
+
+
+def backend_names() -> dict[str, str]:
+    """name -> module of every backend there is."""
+    installed = {point.name: point.value for point in importlib.metadata.entry_points(group=GROUP)}
+    return {**_BUILT_IN, **installed}
+
+
+def find_backend(name: str = "transformers") -> Backend:
+    """Import a backend.
+
+    Raises:
+        PolicyError: no backend of this name, or its library is not installed.
+    """
+    names = backend_names()
+    if name not in names:
+        raise PolicyError(f"No backend {name!r} is installed.", remedy=f"There are: {', '.join(sorted(names))}.")
+    try:
+        return cast(Backend, importlib.import_module(names[name]))
+    except ModuleNotFoundError as error:
+        raise PolicyError(
+            f"The backend {name!r} needs {error.name}, which is not installed.", remedy=f"pip install {error.name}"
+        ) from error
