@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -43,6 +45,9 @@ EXPECTED = {  # model type: decoder, encoders (role, path, modalities), head
     "florence2": (f"{LANGUAGE}.decoder", [("encoder[image]", "model.vision_tower", "image")], "lm_head"),
     # get_encoder() answers the model itself, or an encoder that reads token ids too
     "fuyu": (LANGUAGE, [], "lm_head"),
+    "pp_formulanet": ("model.decoder", [("encoder[image]", "model.encoder", "image")], "lm_head"),
+    # the decoder answers its input embeddings when asked for its head
+    "udop": ("decoder", [], "lm_head"),
     "t5gemma2": ("model.decoder", [("encoder[image]", "model.encoder.vision_tower", "image")], "lm_head.out_proj"),
     "granite_speech": (LANGUAGE, [("encoder[audio]", "model.encoder", "audio")], "lm_head"),
     "qwen2_audio": (LANGUAGE, [("encoder[audio]", "model.audio_tower", "audio")], "lm_head"),
@@ -120,11 +125,11 @@ def test_probe_notices_what_is_not_called() -> None:
 def test_classes_from_a_configuration_without_memory() -> None:
     """The full-size default configuration (tens of gigabytes) is resolved on the meta device."""
     config = Qwen2_5_VLConfig()
-    before = config.to_dict()
+    before = copy.deepcopy(vars(config.text_config))
     assert _get_decoder_cls(config).__name__ == "Qwen2_5_VLTextModel"
     assert _get_encoder_cls(config, "image").__name__ == "Qwen2_5_VisionTransformerPretrainedModel"
     assert all(p.is_meta for p in meta_model(config).parameters())
-    assert config.to_dict() == before
+    assert vars(config.text_config) == before
     assert torch.get_default_device().type == "cpu"
 
 
@@ -152,6 +157,29 @@ def test_base_model_is_its_own_decoder() -> None:
 def test_module_without_a_decoder() -> None:
     """Something else than a language model has no decoder."""
     assert [f.role for f in find_components(nn.Sequential(nn.Linear(2, 2)))] == ["projector"]
+
+
+class _AnswersItsBody(nn.Module):
+    """``get_encoder`` answers the body that also holds the language model."""
+
+    input_modalities = ("image", "text")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Module()
+        self.body.decoder = nn.Module()
+        self.body.decoder.layers = nn.ModuleList([nn.Linear(2, 2)])
+
+    def get_decoder(self) -> nn.Module:
+        return self.body.get_submodule("decoder")
+
+    def get_encoder(self, modality: str) -> nn.Module:
+        return self.body
+
+
+def test_what_holds_the_decoder_is_no_encoder() -> None:
+    """An answer of ``get_encoder`` that holds the decoder is not taken for an encoder."""
+    assert [(f.role, f.qualname) for f in find_components(_AnswersItsBody())] == [("decoder", "body.decoder")]
 
 
 def test_wrapped_by_peft() -> None:
