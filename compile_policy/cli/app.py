@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.metadata
 import os
@@ -71,10 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminal = Terminal()
     debug = "--debug" in words
     try:
-        return _run(terminal, [word for word in words if word != "--debug"], debug)
+        code = _run(terminal, [word for word in words if word != "--debug"], debug)
     except (KeyboardInterrupt, typer.Abort):
-        terminal.note("interrupted")
-        return INTERRUPTED
+        code = INTERRUPTED
     except BrokenPipeError:  # the reader, `head` for instance, has gone; nothing more can be said to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -82,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         return _explain(terminal, error, debug)
+    if code == INTERRUPTED:  # typer makes this code of a KeyboardInterrupt in a command
+        with contextlib.suppress(KeyboardInterrupt):  # an impatient second Ctrl-C
+            terminal.note("interrupted")
+    return code
 
 
 def _run(terminal: Terminal, words: list[str], debug: bool) -> int:

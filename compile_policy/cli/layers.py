@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -10,9 +11,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from compile_policy.cli.session import Session
+from compile_policy.cli.inputs import check_model
+from compile_policy.cli.session import Session, loading
 from compile_policy.cli.terminal import clean
 from compile_policy.layers import CustomOps, LayerRow, Plugin, layer_rows, load_plugins
+
+Model = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="A folder, a hub id or tiny:<model_type>: count its layers.")
+]
 
 app = typer.Typer(help="Layers that can be replaced, and operators that can be switched.", no_args_is_help=True)
 
@@ -25,14 +31,20 @@ def _group() -> None:
 @app.command("ls")
 def ls(
     context: typer.Context,
+    model: Model = None,
     plugins: Annotated[bool, typer.Option("--plugins/--no-plugins", help="Import installed plug-ins.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> int:
-    """List layers with kind, origin, override and count, and the installed plug-ins with what became of them."""
+    """List layers with kind, origin, override and count, and the installed plug-ins with what became of them.
+
+    With MODEL, the count says how many layers of that model are replaced; its weights are not loaded.
+    """
     session: Session = context.obj
     config = session.config()
     found = load_plugins(enabled=plugins and config.enabled)
     ops = CustomOps.of(config.custom_ops, mode=config.mode, backend=config.backend)
+    if model is not None:
+        _count(session, model)
     rows = [_row(row, ops) for row in layer_rows()]
     if as_json:
         print(json.dumps({"layers": rows, "plugins": [_plugin(plugin) for plugin in found]}))
@@ -40,6 +52,13 @@ def ls(
     _print_layers(session.terminal.out, rows)
     _print_plugins(session.terminal.out, found)
     return 0
+
+
+def _count(session: Session, model: str) -> None:
+    check_model(model)
+    backend = session.backend()
+    with loading(model):
+        importlib.import_module(f"{backend.__name__}.layers").count_layers(model)
 
 
 def _row(row: LayerRow, ops: CustomOps) -> dict[str, Any]:

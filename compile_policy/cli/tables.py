@@ -20,7 +20,7 @@ from compile_policy.cli.terminal import clean
 Row = dict[str, Any]
 
 _STYLES = {"compile": "green", "eager": "default", "skip": "dim"}
-_COUNTS = {"graphs": "graphs", "calls": "calls", "compile s": "compile_seconds"}
+_COUNTS = ("graphs", "calls", "compile s")
 _GAP = 2
 _SENTENCE = 32  # columns that a sentence needs to read well
 _SHORT_TABLE = 66  # columns that the table of short things needs
@@ -140,8 +140,10 @@ def _decision(row: Row) -> Text:
 
 
 def _counts(row: Row) -> list[Text]:
-    values = [row[key] for key in _COUNTS.values()]
-    return [Text(f"{value:.1f}" if isinstance(value, float) else str(value)) for value in values]
+    """Graphs, calls, seconds; calls are only counted where there is a region to count them."""
+    if row["decision"] != "compile":
+        return [Text(str(row["graphs"])), Text("-", style="dim"), Text("-", style="dim")]
+    return [Text(str(row["graphs"])), Text(str(row["calls"])), Text(f"{row['compile_seconds']:.1f}")]
 
 
 def _fallback(reason: str | None) -> Text:
