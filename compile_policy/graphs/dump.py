@@ -1,0 +1,130 @@
+"""`GraphDump`: writes every compiled entry into a folder that people can open and read.
+
+A dump watches and never takes part: whatever goes wrong with it is one event, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from compile_policy.entry import Entry
+from compile_policy.events import emit
+from compile_policy.graphs.bytecode import decompile, disassemble
+from compile_policy.graphs.captured import captured_text
+from compile_policy.graphs.folder import DumpFolder, EntryFolder
+from compile_policy.graphs.record import conditions_text, entry_record, input_names
+from compile_policy.graphs.recording import Recording, record
+from compile_policy.graphs.source import Op, ops_of
+from compile_policy.region import Region
+
+MAX_BYTES = 256 * 1024 * 1024
+
+
+class GraphDump:
+    """Dumps compiled entries into ``directory``; give it to a region as ``RegionOptions.dump``.
+
+    Args:
+        directory: made when missing, for its owner alone. May be shared by components and processes.
+        max_bytes: the most that all entries in ``directory`` may take; what is beyond is left out and noted.
+        depyf_seconds: how long decompiling one entry's bytecode may take.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, depyf_seconds: float = 20.0
+    ) -> None:
+        self.directory = Path(directory)
+        self.depyf_seconds = depyf_seconds
+        self._folder = DumpFolder(self.directory, max_bytes)
+        self._max_bytes = max_bytes
+        self._run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
+        self._recorded = threading.local()
+        self._failures: set[str] = set()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Round a compile: see what only that moment shows, for the call of the dump that follows in this thread."""
+        with record(self._max_bytes, lambda error: self._failed("compilation", error)) as recording:
+            self._recorded.last = recording
+            yield
+
+    def __call__(self, region: Region, entry: Entry) -> None:
+        """Write one entry. Never raises."""
+        recording = getattr(self._recorded, "last", None) or Recording()
+        self._recorded.last = None
+        try:
+            self._write(region, entry, recording)
+        except Exception as error:
+            self._failed(region.name, error)
+
+    def _failed(self, component: str, error: Exception) -> None:
+        """Say it once; a full disk would say it for every entry."""
+        message = f"{type(error).__name__}: {error}"
+        if type(error).__name__ not in self._failures:
+            self._failures.add(type(error).__name__)
+            emit("skipped", component, f"no dump in {self.directory}: {message}", error=message)
+
+    def _write(self, region: Region, entry: Entry, recording: Recording) -> None:
+        folder = self._folder.new_entry(region.name)
+        try:
+            ops = ops_of(entry.graph.sources)
+            details = entry_record(region, entry, recording.example, ops)
+            self._write_graphs(folder, region, entry, recording, ops)
+            self._write_bytecode(folder, recording)
+            self._folder.publish(folder, self._described(folder, details))
+        except BaseException:
+            folder.discard()
+            raise
+
+    def _write_graphs(
+        self, folder: EntryFolder, region: Region, entry: Entry, recording: Recording, ops: list[Op]
+    ) -> None:
+        title = (
+            f"{region.name} ({type(region.module).__name__}), {folder.id.rpartition('/')[2]}: "
+            f"{len(ops)} operations, compiled in {entry.seconds:.1f} s with {region.options.backend}",
+            "The graph as it was captured, before anything was optimised; beside each operation the line it is from.",
+        )
+        text = captured_text(title, entry.graph.readable, input_names(region, entry), ops)
+        folder.write("captured", "captured.py", text)
+        folder.write("conditions", "conditions.txt", conditions_text(entry))
+        folder.write("guards", "guards.json", _guards(entry))
+        folder.write("ops", "ops.json", json.dumps([op.to_dict() for op in ops], indent=1))
+        for name, lowered in recording.lowered().items():
+            folder.write(name.partition(".")[0], f"lowered/{name}", lowered)
+
+    def _write_bytecode(self, folder: EntryFolder, recording: Recording) -> None:
+        if not recording.bytecode:
+            folder.notes.append("bytecode and lowered graphs were not seen: the compile was not recorded")
+            return
+        code = recording.bytecode[-1]  # the last one is what runs, an earlier one was tried and given up
+        try:
+            folder.write("bytecode", "bytecode.py", decompile(code, self.depyf_seconds))
+        except RuntimeError as why:
+            folder.notes.append(f"bytecode is not decompiled: {why}")
+            folder.write("bytecode", "bytecode.txt", disassemble(code))
+
+    def _described(self, folder: EntryFolder, details: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "id": folder.id,
+            "run": self._run,
+            "written": datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds"),
+            **details,
+            "files": folder.files,
+            "bytes": folder.bytes,
+            "notes": folder.notes,
+        }
+
+
+def _guards(entry: Entry) -> str:
+    guards = entry.graph.guards
+    counts = Counter(guard.kind for guard in guards).most_common()
+    return json.dumps({"counts": dict(counts), "guards": [asdict(guard) for guard in guards]}, indent=1)

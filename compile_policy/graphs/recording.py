@@ -1,0 +1,113 @@
+"""What can only be seen while a component compiles: bytecode, lowered graphs and the code of kernels."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any
+
+from compile_policy.graphs.compat import on_bytecode, structured_trace, trace_event
+
+#: Name in torch's structured trace -> name of the file in ``lowered/``.
+LOWERED = {
+    "aot_inference_graph": "aot_inference_graph.py",
+    "aot_joint_graph": "aot_joint_graph.py",
+    "aot_forward_graph": "aot_forward_graph.py",
+    "aot_backward_graph": "aot_backward_graph.py",
+    "inductor_post_grad_graph": "post_grad_graph.py",
+    "inductor_output_code": "output_code.py",
+    "inductor_aot_wrapper_code": "aot_wrapper.cpp",
+    "inductor_aot_kernel_code": "aot_kernels.cpp",
+    "inductor_provenance_tracking_node_mappings": "provenance.json",
+}
+_LEAF = re.compile(r"L\['leaves'\]\[(\d+)\]")
+
+
+@dataclass
+class Recording:
+    """What was seen during one compile.
+
+    Attributes:
+        texts: (name in the structured trace, text) in the order in which they appeared.
+        bytecode: what Dynamo made of the traced function.
+        example: leaf -> sizes of the example that was traced.
+    """
+
+    texts: list[tuple[str, str]] = field(default_factory=list)
+    bytecode: list[CodeType] = field(default_factory=list)
+    example: dict[int, list[int]] = field(default_factory=dict)
+
+    def lowered(self) -> dict[str, str]:
+        """File name -> text; a second graph of a kind gets a number, the same text twice is one file."""
+        files: dict[str, str] = {}
+        for name, text in self.texts:
+            stem, _, suffix = LOWERED[name].rpartition(".")
+            same_kind = [known for known in files if re.fullmatch(rf"{re.escape(stem)}(_\d+)?\.{suffix}", known)]
+            if not any(files[known] == text for known in same_kind):
+                files[f"{stem}_{len(same_kind)}.{suffix}" if same_kind else LOWERED[name]] = text
+        return files
+
+
+class _Listener(logging.Handler):
+    """Takes what belongs to a dump from the structured trace of one thread; never disturbs the compile."""
+
+    def __init__(self, recording: Recording, max_bytes: int) -> None:
+        super().__init__()
+        self.recording = recording
+        self.max_bytes = max_bytes
+        self.thread = threading.get_ident()
+        self._sizes: dict[Any, list[int]] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if threading.get_ident() != self.thread:
+            return
+        try:
+            self._take(*trace_event(record))
+        except Exception:
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        logging.getLogger("compile_policy").debug("a trace record was not understood", exc_info=True)
+
+    def _take(self, name: str, details: Any, payload: str | None) -> None:
+        if name in LOWERED and payload and len(payload) <= self.max_bytes:
+            self.recording.texts.append((name, payload))
+        elif name == "describe_tensor":
+            self._sizes[details["describer_id"], details["id"]] = list(details["size"])
+        elif name == "describe_source" and (leaf := _LEAF.fullmatch(details["source"])):
+            self.recording.example[int(leaf[1])] = self._sizes[details["describer_id"], details["id"]]
+
+
+@contextmanager
+def record(max_bytes: int, failed: Callable[[Exception], None]) -> Iterator[Recording]:
+    """Record what this thread compiles inside the block.
+
+    Args:
+        max_bytes: texts that are larger are not kept.
+        failed: told when listening is impossible; the block runs all the same.
+    """
+    recording = Recording()
+    endings: list[Callable[[], None]] = []
+    try:
+        thread = threading.get_ident()
+
+        def keep(original: CodeType, transformed: CodeType) -> None:
+            if threading.get_ident() == thread:
+                recording.bytecode.append(transformed)
+
+        trace, listener = structured_trace(), _Listener(recording, max_bytes)
+        endings.append(on_bytecode(keep))
+        trace.addHandler(listener)
+        endings.append(lambda: trace.removeHandler(listener))
+    except Exception as error:
+        failed(error)
+    try:
+        yield recording
+    finally:
+        for end in reversed(endings):
+            end()

@@ -1,0 +1,28 @@
+"""Text that is safe to print, and names that are safe as file names."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+
+_LONGEST_NAME = 80
+
+
+def clean(text: str) -> str:
+    """Without control characters and without those that turn text round or hide in it; line breaks and tabs stay."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp"))
+
+
+def one_line(text: str) -> str:
+    """`clean` in one line, fit for a comment."""
+    return " ".join(clean(text).split())
+
+
+def file_name(text: str) -> str:
+    """A name without separators, control characters or markup, the same for the same text, other for other text."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", text.replace(" ", "-")).strip("._-")[:_LONGEST_NAME]
+    if safe == text.replace(" ", "-"):
+        return safe
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{safe}-{digest}" if safe else f"component-{digest}"
