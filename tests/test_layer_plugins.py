@@ -217,6 +217,17 @@ def test_the_list_shows_origin_override_and_plugins(tmp_path: Path) -> None:
     text = layers_ls(tmp_path)
     for part in ("fast_heads:FastHead (from fast-heads 1.2)", "failed: RuntimeError: no driver", "custom_op"):
         assert part in text
+    norm = """
+        from transformers.models.llama.modeling_llama import LlamaRMSNorm
+        from compile_policy.layers import override
+        @override(LlamaRMSNorm)
+        class Norm(LlamaRMSNorm): pass
+    """
+    install(tmp_path, "fast-norms", norm)
+    rows = json.loads(layers_ls(tmp_path, "--json", "tiny:llama"))["layers"]
+    assert [(row["origin"], row["override_origin"], row["count"]) for row in rows if row["kind"] == "model"] == [
+        ("", "fast-norms 1.2", 5)
+    ]
     off = json.loads(layers_ls(tmp_path, "--json", "--no-plugins"))
     assert {p["status"] for p in off["plugins"]} == {"skipped"}
     assert not any(row["override"] for row in off["layers"])

@@ -199,10 +199,13 @@ def test_a_live_override_is_no_warning() -> None:
 def test_subclasses_are_not_replaced_and_the_list_says_so() -> None:
     """A subclass is a layer of its own: an override of its base does not reach it, and that is visible."""
     PluggableLayer.register("gated")(Gated)
+    Gated(2)
+    assert row_of("gated").count == 1
     override = type("Override", (Gated,), {})
     Gated.register_oot(override)
+    assert row_of("gated").note == "1 built before the override"
     assert type(Wider(2)) is Wider
-    assert row_of("gated").note == "1 of the subclass Wider not replaced"
+    assert row_of("gated").note == "1 built before the override, 1 of the subclass Wider not replaced"
     assert type(Gated(2)) is override
     wider = type("WiderStill", (Wider,), {})
     Wider.register_oot(wider)

@@ -22,6 +22,8 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 from transformers.monkey_patching import clear_patch_mapping, get_patch_mapping, register_patch_mapping
 
+import compile_policy
+from compile_policy.config import CompilationConfig
 from compile_policy.errors import PolicyWarning, UnsupportedModelError
 from compile_policy.layers import (
     LayerError,
@@ -35,7 +37,6 @@ from compile_policy.layers import (
     registry_state,
     replace_layers_,
 )
-from compile_policy.region import Region, RegionOptions, SignatureBinder
 from compile_policy_transformers.layers import layer_scope, use_parallel_vocab_
 from compile_policy_transformers.tiny import tiny_config, tiny_inputs, tiny_model
 
@@ -70,6 +71,13 @@ def counting(cls: type[nn.Module]) -> Any:
     return Counting
 
 
+class Shifted(LlamaRMSNorm):
+    """A replacement that can be told from the original by its result."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) + 1
+
+
 def instances(model: nn.Module, *classes: type) -> int:
     return sum(type(module) in classes for module in model.modules())
 
@@ -101,26 +109,46 @@ def test_counting_norms(model_type: str) -> None:
     assert instances(tiny_model(model_type), *NORMS[model_type]) == expected
 
 
+def decoder_of(model: Any) -> dict[str, Any]:
+    return next(row for row in compile_policy.report(model).to_dict()["components"] if row["role"] == "decoder")
+
+
 @pytest.mark.parametrize("model_type", list(NORMS))
 def test_replaced_norms_are_in_one_graph(model_type: str) -> None:
-    """The decoder with replaced norms is captured without a break, once for all lengths, and equals eager."""
-    with layer_scope({cls: counting(cls) for cls in NORMS[model_type]}):
-        model: Any = tiny_model(model_type)
-    decoder = model.get_decoder()
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(decoder, backend="eager", fullgraph=True, dynamic=True)
-    width = model.get_input_embeddings().embedding_dim
-    with torch.no_grad():
-        for shape in ((2, 5), (3, 7)):
-            embeds = torch.randn(*shape, width)
-            places = torch.arange(shape[1]).expand(shape).contiguous()
-            for x, dims in ((embeds, (0, 1)), (places, (0, 1))):
-                for dim in dims:
-                    torch._dynamo.mark_dynamic(x, dim)
-            call = {"inputs_embeds": embeds, "position_ids": places, "use_cache": False}
-            torch.testing.assert_close(compiled(**call)[0], decoder(**call)[0])
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    """Under the policy the decoder with replaced norms is one graph for prefill and decode; the tokens are equal."""
+    wanted = tokens(tiny_model(model_type))
+    with layer_scope({cls: counting(cls) for cls in NORMS[model_type]}, strict=True):
+        model = tiny_model(model_type)
+    compile_policy.apply(model, config=CompilationConfig(backend="eager"))
+    assert torch.equal(tokens(model), wanted)
+    row = decoder_of(model)
+    assert (row["graphs"], row["calls"], row["eager_calls"], row["fallback"]) == (1, 5, 0, None)
+
+
+def test_a_model_loaded_by_the_policy() -> None:
+    """`load_model` looks at a model without memory first: the count is that of the model that came out."""
+    norm = counting(LlamaRMSNorm)
+    with layer_scope({LlamaRMSNorm: norm}, strict=True) as scope:
+        model = compile_policy.load_model("tiny:llama", config=CompilationConfig(backend="eager"))
+    assert sum(scope.counts.values()) == instances(model, norm) == 5
+    assert torch.equal(tokens(model), tokens(tiny_model("llama")))
+    assert decoder_of(model)["graphs"] == 1
+
+
+def test_replacing_after_compile_makes_a_new_entry() -> None:
+    """A compiled decoder whose norms are replaced gives the tokens of its new layers, and the old once restored."""
+    model = tiny_model("llama")
+    plain = tokens(model)
+    with replace_layers_(model, {LlamaRMSNorm: Shifted}):
+        shifted = tokens(model)
+    assert not torch.equal(plain, shifted)
+    compile_policy.apply(model, config=CompilationConfig(backend="eager"))
+    assert torch.equal(tokens(model), plain)
+    with replace_layers_(model, {LlamaRMSNorm: Shifted}):
+        assert torch.equal(tokens(model), shifted)
+        assert decoder_of(model)["graphs"] == 2
+    assert torch.equal(tokens(model), plain)
+    assert (decoder_of(model)["graphs"], decoder_of(model)["eager_calls"]) == (2, 0)
 
 
 def test_direct_construction_is_covered() -> None:
@@ -291,7 +319,7 @@ def test_a_compatible_class_is_proven_on_the_model() -> None:
         assert torch.equal(tokens(model), tokens(tiny_model("llama")))
     override(LlamaRMSNorm, state_dict_compatible=True)(Misfits)
     with pytest.raises(LayerError, match=r"scale: absent became \(1,\)"), layer_scope():
-        tiny_model("llama")
+        model = tiny_model("llama")
 
 
 def test_a_recorded_class_needs_a_subclass() -> None:
@@ -415,41 +443,6 @@ def test_restoring_over_another_replacement_is_refused() -> None:
     second.restore_()
     first.restore_()
     assert type(model[0]) is LlamaRMSNorm
-
-
-class Block(nn.Module):
-    """A small component for the call path."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = LlamaRMSNorm(4)
-        self.up = nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.up(self.norm(x))
-
-
-class Shifted(LlamaRMSNorm):
-    """A replacement that can be told from the original by its result."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states) + 1
-
-
-def test_a_replacement_after_compile_makes_a_new_entry() -> None:
-    """A region that was compiled before sees the replacement at the next call, and the original after restoring."""
-    block = Block().eval()
-    region = Region(block, role="decoder", binder=SignatureBinder.inferred(Block), options=RegionOptions("eager"))
-    x = torch.randn(2, 4)
-    with torch.no_grad():
-        before = region(x).clone()
-        torch.testing.assert_close(before, block(x))
-        with replace_layers_(block, {LlamaRMSNorm: Shifted}):
-            torch.testing.assert_close(region(x), block(x))
-            assert not torch.allclose(region(x), before)
-        torch.testing.assert_close(region(x), before)
-    assert region.entry_count() == 2
-    assert region.eager_calls == 0
 
 
 def test_model_overrides_are_in_the_state() -> None:

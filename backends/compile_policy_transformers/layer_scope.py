@@ -8,6 +8,7 @@ first, direct construction is covered, and everything is as it was afterwards, a
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 import threading
 import warnings
@@ -17,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -48,13 +50,15 @@ class LayerScope:
 
     Attributes:
         applied: class that is replaced -> the claim that holds.
-        counts: its name -> replaced instances.
-        models: the models that were built inside.
+        counts: its name -> instances that were replaced, known when the scope ends.
+        used: classes that were replaced at all.
+        models: the models that were built inside and are still there.
     """
 
     applied: Mapping[type, Claim]
     counts: Counter[str] = field(default_factory=Counter)
-    models: list[PreTrainedModel] = field(default_factory=list)
+    used: set[type] = field(default_factory=set)
+    models: WeakSet[PreTrainedModel] = field(default_factory=WeakSet)
 
     def check(self, model: PreTrainedModel) -> None:
         """Prove that each replaced layer of ``model`` has the state dict that it has without the scope.
@@ -102,9 +106,8 @@ def layer_scope(
             stack.enter_context(_counting(scope))
             yield scope
     if any(not issubclass(claim.cls, target) for target, claim in scope.applied.items()):
-        for model in scope.models:
+        for model in list(scope.models):
             scope.check(model)
-    scope.models.clear()
     _report_dead(scope, strict)
 
 
@@ -200,29 +203,37 @@ def _listed(value: Any) -> list[Any]:
 
 @contextmanager
 def _counting(scope: LayerScope) -> Iterator[None]:
-    """Count replaced instances as torch hears of them: every module is some module's child, or its parent."""
+    """Note replaced instances as torch hears of them: every module is some module's child, or its parent.
+
+    What counts are those alive in the end: loading a model may build another one first, only to look at it.
+    """
     targets = {claim.cls: target for target, claim in scope.applied.items()}
-    seen: dict[int, nn.Module] = {}  # keeps them alive, or an id could return
+    seen: WeakSet[nn.Module] = WeakSet()
 
     def look(parent: nn.Module, name: str, child: nn.Module | None) -> None:
         for module in (parent, child):
-            if module is not None and type(module) in targets and id(module) not in seen:
-                seen[id(module)] = module
-                scope.counts[qualified(targets[type(module)])] += 1
-                count_built(targets[type(module)], type(module))
-        if isinstance(parent, PreTrainedModel) and all(parent is not model for model in scope.models):
-            scope.models.append(parent)
-        scope.models[:] = [model for model in scope.models if model is not child]
+            if type(module) in targets:
+                assert module is not None
+                seen.add(module)
+                scope.used.add(targets[type(module)])
+        if isinstance(parent, PreTrainedModel):
+            scope.models.add(parent)
+        if isinstance(child, PreTrainedModel):
+            scope.models.discard(child)
 
     handle = register_module_module_registration_hook(look)
     try:
         yield
     finally:
         handle.remove()
+        gc.collect()  # a model that is only looked at may hold itself alive
+        for module in seen:
+            scope.counts[qualified(targets[type(module)])] += 1
+            count_built(targets[type(module)], type(module))
 
 
 def _report_dead(scope: LayerScope, strict: bool) -> None:
-    dead = [(t, c) for t, c in scope.applied.items() if not scope.counts[qualified(t)]]
+    dead = [(t, c) for t, c in scope.applied.items() if t not in scope.used]
     messages = [f"{c} overrides {qualified(t)} and replaced 0 instances." for t, c in dead]
     if messages and strict:
         raise LayerError("\n".join(messages), remedy="Remove the override, or build the model inside the scope.")

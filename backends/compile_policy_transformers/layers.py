@@ -11,9 +11,24 @@ from transformers import PreTrainedModel
 
 from compile_policy.errors import UnsupportedModelError
 from compile_policy.layers import ParallelLMHead, Replacements, VocabParallelEmbedding, replace_layers_
+from compile_policy_transformers.components import meta_model
+from compile_policy_transformers.layer_scope import LayerScope as LayerScope
+from compile_policy_transformers.layer_scope import layer_scope as layer_scope
+from compile_policy_transformers.loading import config_of
 
-from .layer_scope import LayerScope as LayerScope
-from .layer_scope import layer_scope as layer_scope
+
+def count_layers(name: str | None = None) -> None:
+    """Build a model without memory, so that `layer_rows` tells how many of its layers registered overrides replace.
+
+    Args:
+        name: as `load_model` takes it.
+
+    Raises:
+        LayerError: overrides that conflict.
+    """
+    with layer_scope():
+        model = meta_model(config_of(name))
+    del model  # alive until here: the scope counts what is alive when it ends
 
 
 def use_parallel_vocab_(
