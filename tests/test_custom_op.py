@@ -174,6 +174,26 @@ def test_an_override_is_switched_by_the_name_of_its_target() -> None:
     assert next(row for row in layer_rows() if row.name == "rms_norm").count == 2
 
 
+def test_an_operator_of_another_base_is_switched_by_the_name_too() -> None:
+    """An operator that is no subclass but takes the place of RMSNorm is still ``rms_norm``."""
+
+    @RMSNorm.register_oot(state_dict_compatible=True)
+    class Own(CustomOp):
+        def __init__(self, hidden_size: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(hidden_size))
+
+        def forward_native(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    with use_custom_ops(ops("none")):
+        off = RMSNorm(4)
+    with use_custom_ops(ops("none", "+rms_norm")):
+        on = RMSNorm(4)
+    assert type(off) is type(on) is Own
+    assert (off.custom_op_enabled, on.custom_op_enabled) == (False, True)
+
+
 def test_compile_native_is_one_graph_and_survives_a_copy() -> None:
     """A native form compiled by itself serves every size, and a deep copy computes with its own weights."""
     with use_custom_ops(ops("none", mode=2, backend="aot_eager")):
@@ -200,12 +220,15 @@ def test_compile_native_does_nothing_where_nothing_is_compiled(rule: CustomOps) 
 @pytest.mark.parametrize("entries", [["all"], ["none"]])
 def test_operators_are_part_of_one_graph(entries: list[str]) -> None:
     """On or off, an operator does not break the graph around it, whatever the batch."""
-    with use_custom_ops(ops(*entries)):
+    with use_custom_ops(ops(*entries, mode=2, backend="aot_eager")):
         model = nn.Sequential(RMSNorm(8), SiluAndMul(), RMSNorm(4, compile_native=True))
+    inputs = [torch.randn(batch, 8) for batch in (2, 3, 5)]
+    wanted = [model(x) for x in inputs]  # outside of the graph the last one compiles itself
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
-    for batch in (2, 3, 5):
-        x = torch.randn(batch, 8)
-        torch.testing.assert_close(compiled(x), model(x))
+    for x, want in zip(inputs, wanted, strict=True):
+        torch.testing.assert_close(compiled(x), want)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
@@ -239,6 +262,31 @@ def test_rms_norm_refuses_another_norm() -> None:
         RMSNorm.from_layer(nn.Linear(2, 2))
     with pytest.raises(LayerError, match="without data"):
         RMSNorm.from_layer(LlamaRMSNorm(8).to("meta"))
+
+
+def test_an_operator_may_be_replaced_by_a_plain_module() -> None:
+    """An override that is no operator has one forward and no switch; its state is compared like any other's."""
+
+    @RMSNorm.register_oot(state_dict_compatible=True)
+    class Plain(nn.Module):
+        def __init__(self, hidden_size: int, eps: float = 1e-6, dtype: torch.dtype | None = None) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(hidden_size, dtype=dtype))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.weight
+
+    assert type(RMSNorm(4)) is Plain
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_moved_operator_runs_the_forward_of_its_new_device(dtype: torch.dtype) -> None:
+    """Built on the CPU and moved, the norm takes torch's fused kernel there, which equals the native form."""
+    op = RMSNorm(64, dtype=dtype).to("cuda")
+    x = torch.randn(8, 64, dtype=dtype, device="cuda")
+    assert op.platform_forward(x) in ("forward_cuda", "forward_hip")
+    torch.testing.assert_close(op(x), op.forward_native(x))
 
 
 def test_silu_and_mul() -> None:

@@ -29,6 +29,7 @@ SHOW = """
         "head": type(ParallelLMHead(8, 4)).__name__,
         "row": [vars(row) for row in layer_rows() if row.name == "parallel_lm_head"][0],
         "state": str(registry_state()),
+        "names": [row.name for row in layer_rows()],
         "error": error,
     }}))
 """
@@ -82,7 +83,16 @@ def test_an_installed_override_is_found_and_can_be_switched_off(tmp_path: Path) 
 
 def test_a_broken_plugin_is_isolated_and_named(tmp_path: Path) -> None:
     """One that raises at import is left out whole, with what it registered before; the other one works."""
-    install(tmp_path, "broken-heads", HEAD.format(name="BrokenHead") + "    raise RuntimeError('no driver')\n")
+    half = (
+        HEAD.format(name="BrokenHead")
+        + """
+    from compile_policy.layers import PluggableLayer
+    @PluggableLayer.register("half")
+    class Half(PluggableLayer): pass
+    raise RuntimeError("no driver")
+    """
+    )
+    install(tmp_path, "broken-heads", half)
     install(tmp_path, "missing", "", ":nothing")
     install(tmp_path, "working", HEAD.format(name="WorkingHead"))
     found = show(tmp_path)
@@ -91,6 +101,7 @@ def test_a_broken_plugin_is_isolated_and_named(tmp_path: Path) -> None:
     assert statuses["missing"][0] == "failed" and "AttributeError" in statuses["missing"][1]
     assert statuses["working"] == ("loaded", "")
     assert found["head"] == "WorkingHead"
+    assert "half" not in found["names"]
 
 
 def test_the_warning_names_the_plugin(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from compile_policy.layers import (
     LayerError,
     PluggableLayer,
     check_claims,
+    layer_notes,
     layer_rows,
     registry_scope,
     registry_state,
@@ -74,6 +75,7 @@ def test_the_override_is_built_and_initialised() -> None:
     assert layer(torch.ones(1, 4)).shape == (1, 4)
     row = row_of("gated")
     assert (row.kind, row.count, row.override) == ("pluggable", 2, qualified(Louder))
+    assert layer_notes() == (f"{qualified(Gated)} is replaced by {qualified(Louder)} (from {Louder.__module__}).",)
 
 
 def test_no_subclass_is_refused() -> None:

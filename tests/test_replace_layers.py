@@ -473,6 +473,20 @@ def test_parallel_vocabulary_keeps_tokens(model_type: str, padding: int) -> None
     assert torch.equal(tokens(model), wanted)
 
 
+def test_training_since_the_replacement_is_kept() -> None:
+    """Padded layers have parameters of their own: what they learned is in the originals after restoring."""
+    model = tiny_model("llama")
+    before = tokens(model)
+    done = use_parallel_vocab_(model, padding_size=64)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight.copy_(layer.weight.flip(1))
+    changed = tokens(model)
+    done.restore_()
+    assert not torch.equal(changed, before)
+    assert torch.equal(tokens(model), changed)
+
+
 def test_an_override_of_the_head_reaches_the_model() -> None:
     """The head that is built in the model is the override, and its word counts."""
 

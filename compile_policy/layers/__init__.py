@@ -19,6 +19,7 @@ from compile_policy.layers.records import LayerError as LayerError
 from compile_policy.layers.records import LayerRecord as LayerRecord
 from compile_policy.layers.records import LayerRow as LayerRow
 from compile_policy.layers.registry import check_claims as check_claims
+from compile_policy.layers.registry import layer_notes as layer_notes
 from compile_policy.layers.registry import layer_rows as layer_rows
 from compile_policy.layers.registry import registry_scope as registry_scope
 from compile_policy.layers.registry import registry_state as registry_state

@@ -87,7 +87,7 @@ def check_claim(claim: Claim, target: type) -> list[str]:
             "pass state_dict_compatible=True, which is proven on what is built."
         )
     try:
-        check_forward(claim.cls, getattr(target, "layer_kind", "pluggable"), target)
+        check_forward(claim.cls, getattr(claim.cls, "layer_kind", "pluggable"), target)
     except LayerError as error:
         out.append(str(error))
     return out
@@ -119,7 +119,8 @@ def check_forward(cls: type, kind: Kind, target: type | None = None) -> None:
 def _defines(cls: type, name: str, target: type | None = None) -> bool:
     """Whether ``cls`` defines ``name`` itself: neither inherited from ``target`` nor from the base of a kind."""
     above = set(target.__mro__) if target is not None and issubclass(cls, target) else {object}
-    own = [c for c in cls.__mro__ if c not in above and "layer_kind" not in vars(c) and c.__module__[:5] != "torch"]
+    own = [c for c in cls.__mro__ if c not in above and "layer_kind" not in vars(c)]
+    own = [c for c in own if c.__module__.split(".")[0] != "torch"]
     return any(name in vars(c) for c in own)
 
 

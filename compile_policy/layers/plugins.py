@@ -90,6 +90,7 @@ def _imported(entry: importlib.metadata.EntryPoint, origin: str) -> Plugin:
             if callable(found):
                 found()
     except Exception as error:
+        registry.forget_failed_modules()
         reason = f"{type(error).__name__}: {error}"
         message = f"The layer plug-in {entry.name!r} of {origin} failed and is left out: {reason}."
         emit("skipped", "", message, plugin=entry.name, origin=origin)

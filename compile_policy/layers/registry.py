@@ -8,6 +8,7 @@ another module is replaced by accident.
 from __future__ import annotations
 
 import difflib
+import sys
 import threading
 import warnings
 from collections import Counter
@@ -104,6 +105,12 @@ def registry_scope() -> Iterator[None]:
             _built.update(counted)
 
 
+def forget_failed_modules() -> None:
+    """Give the names of layers free whose module is gone again, as its import failed."""
+    with _lock:
+        _commit([r for r in _snapshot.layers if r.cls.__module__ in sys.modules], _snapshot.claims)
+
+
 def name_of(cls: type) -> str | None:
     """The registered name of ``cls`` or of the nearest base that has one; an override bears its target's name."""
     names = {r.cls: r.name for r in _snapshot.layers}
@@ -144,6 +151,13 @@ def registry_state() -> tuple[Any, ...]:
         state = tuple(sorted((w, t, qualified(c.cls), code_digest(c.cls), c.priority) for w, t, c in rows))
         _state = (snapshot, state)
     return state
+
+
+def layer_notes() -> tuple[str, ...]:
+    """One sentence for each override in force, for a plan's notes."""
+    rows = [(qualified(target), str(claim)) for target, claim in _snapshot.applied.items()]
+    rows += [(c.target_name, str(c)) for c in _snapshot.claims if c.where == "model"]
+    return tuple(f"{target} is replaced by {claim}." for target, claim in sorted(rows))
 
 
 def dead_claims() -> tuple[Claim, ...]:
