@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
+import multiprocessing
 import random
+import re
 import stat
-from collections.abc import Iterator
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 
+from compile_policy.errors import InputError
 from compile_policy.events import Event, listening
-from compile_policy.graphs import Dump, GraphDump
+from compile_policy.graphs import Dump, GraphDump, folder
+from compile_policy.graphs.compat import structured_trace
+from compile_policy.graphs.kernels import kernels_of
+from compile_policy.graphs.text import file_name
 from compile_policy.region import Region, RegionOptions, SignatureBinder
+from compile_policy_transformers.decoder import DecoderBinder
+from compile_policy_transformers.tiny import tiny_inputs, tiny_model
 
 VICTIM = "<img src=x onerror=alert(1)>\x1b[31m../../evil\nraise SystemExit  # "
 
@@ -151,3 +165,237 @@ def test_kernels_are_written_also_from_the_cache(tmp_path: Path) -> None:
     assert "def call(" in texts[0][0]
     assert "torch.ops.aten." in texts[0][1]
     assert "async_compile." in texts[0][0]
+    kernels = kernels_of(entry)
+    assert any(len(k.lowered) > 2 and "silu" in k.captured for k in kernels if k.generated)  # also from the cache
+    assert "hidden" in {op for k in kernels if not k.generated for op in k.captured}
+
+
+# -- a dump never changes the run -------------------------------------------------------------------------------------
+
+
+def _unharmed(region: Region) -> None:
+    """The region compiles once and is right."""
+    with torch.no_grad():
+        x = torch.arange(40.0).reshape(5, 8) / 40
+        torch.testing.assert_close(_run(region), region.module.forward(x))
+    assert (region.graphs, region.entry_count(), region.fallback, region.eager_calls) == (1, 1, None, 0)
+
+
+def test_generation_is_the_same(tmp_path: Path) -> None:
+    """A decoder gives the same tokens with a dump as eager, from one graph."""
+    model = tiny_model("llama")
+    inputs = tiny_inputs(model, text_len=5)
+    eager = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    dump = GraphDump(tmp_path)
+    options = RegionOptions(backend="aot_eager", on_fault="error", dump=dump)
+    region = Region(model.model, role="decoder", qualname="model", binder=DecoderBinder(model.model), options=options)
+    region.attach()
+    with dump.recording():
+        assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), eager)
+    assert region.graphs == 1
+    (entry,) = Dump.open(tmp_path).entries
+    text = entry.read("captured")
+    ast.parse(text)
+    assert "  # layers.1.self_attn.q_proj.weight" in text
+    assert re.search(r"modeling_llama\.py:\d+: query_states = self.q_proj", text)
+    assert {"batch", "sequence", "past"} <= set(entry.record["labels"])
+
+
+def _broken(how: Callable[..., str]) -> types.ModuleType:
+    module = types.ModuleType("depyf")
+    module.decompile = how  # type: ignore[attr-defined]
+    return module
+
+
+def _fail(code: types.CodeType) -> str:
+    raise KeyError("opcode")
+
+
+def _exit(code: types.CodeType) -> str:
+    raise SystemExit(3)
+
+
+def _endless(code: types.CodeType) -> str:
+    while True:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("depyf", "says"),
+    [
+        (None, "depyf is not installed"),
+        (_broken(_fail), "depyf failed with KeyError"),
+        (_broken(_exit), "depyf failed with SystemExit"),
+        (_broken(_endless), "depyf was not done after 0.3 s"),
+    ],
+)
+def test_depyf_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depyf: Any, says: str) -> None:
+    """Without depyf the instructions are written, the index says why, and nothing runs on in the background."""
+    monkeypatch.setitem(sys.modules, "depyf", depyf)
+    region = _region(GraphDump(tmp_path, depyf_seconds=0.3))
+    with _events() as events:
+        _unharmed(region)
+    assert "skipped" not in {event.kind for event in events}
+    (entry,) = Dump.open(tmp_path).entries
+    assert says in entry.record["notes"][0]
+    assert entry.files["bytecode"] == "bytecode.txt"
+    assert "RETURN_VALUE" in entry.read("bytecode")
+    deadline = time.monotonic() + 10
+    while any(thread.name == "compile_policy-depyf" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    """One event however many entries, and the run goes on."""
+    (tmp_path / "file").write_text("")
+    dump = GraphDump(tmp_path / "file" / "dump")
+    with _events() as events:
+        _unharmed(_region(dump))
+        _unharmed(_region(dump))
+    (event,) = [event for event in events if event.kind == "skipped"]
+    assert str(tmp_path / "file" / "dump") in event.message
+
+
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full in the middle of an entry leaves no half entry behind."""
+    write, written = folder._write_private, []
+
+    def fills_up(path: Path, data: bytes) -> None:
+        written.append(path)
+        if len(written) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(folder, "_write_private", fills_up)
+    with _events() as events:
+        _unharmed(_region(GraphDump(tmp_path)))
+    assert len(written) == 3
+    assert [event.kind for event in events].count("skipped") == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_listening_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the compile cannot be watched, the rest is written and the index says what is missing."""
+
+    def refuse(hook: Any) -> None:
+        raise AttributeError("register_bytecode_hook")
+
+    monkeypatch.setattr("compile_policy.graphs.recording.on_bytecode", refuse)
+    with _events() as events:
+        _unharmed(_region(GraphDump(tmp_path)))
+    assert [event.kind for event in events].count("skipped") == 1
+    (entry,) = Dump.open(tmp_path).entries
+    assert "not recorded" in entry.record["notes"][0]
+    assert "captured" in entry.files
+
+
+def test_recording_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Hooks, handlers and configuration are as before, also when the compile raises."""
+    hooks = torch._dynamo.convert_frame._bytecode_hooks
+    before = (list(structured_trace().handlers), dict(hooks), inductor.trace.provenance_tracking_level)
+    dump = GraphDump(tmp_path)
+    with pytest.raises(ZeroDivisionError), dump.recording():
+        assert len(structured_trace().handlers) == len(before[0]) + 1
+        raise ZeroDivisionError
+    assert (structured_trace().handlers, dict(hooks), inductor.trace.provenance_tracking_level) == before
+    assert not list(tmp_path.iterdir())
+
+
+# -- names, limits, company -------------------------------------------------------------------------------------------
+
+
+def test_names_stay_inside(tmp_path: Path) -> None:
+    """Separators, escapes and markup in names reach no path and no terminal, and no Python that is written."""
+    victim = type(VICTIM, (Net,), {})().eval()
+    root = tmp_path / "a" / "b" / "dump"
+    _unharmed(_region(GraphDump(root), qualname=VICTIM, module=victim))
+    assert {path.name for path in tmp_path.rglob("*") if not path.is_relative_to(root)} == {"a", "b"}
+    assert [path.name for path in root.parent.iterdir()] == ["dump"]
+    for path in root.rglob("*"):
+        assert re.fullmatch(r"[A-Za-z0-9._-]+", path.name), path
+        if path.is_file():
+            assert not re.search(rb"[\x00-\x08\x0b-\x1f\x7f]", path.read_bytes()), path
+    (entry,) = Dump.open(root).entries
+    assert entry.record["component"]["qualname"] == VICTIM  # as JSON spells it, for whoever escapes it
+    body = ast.parse(entry.read("captured")).body
+    assert [type(node) for node in body] == [ast.ClassDef]
+
+
+@pytest.mark.parametrize("name", ["..", "/etc/passwd", "a/../../b", "", "\x1b[2J", "x" * 500, "CON:<>|", "\ud800"])
+def test_file_names(name: str) -> None:
+    """Any name becomes one path segment, and different names different ones."""
+    safe = file_name(name)
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", safe)
+    assert file_name(name + "!") != safe
+
+
+def test_size_limit(tmp_path: Path) -> None:
+    """What exceeds the limit is left out and noted in the index; the entry and the run are whole."""
+    _unharmed(_region(GraphDump(tmp_path, max_bytes=3000)))
+    index = json.loads((tmp_path / "index.json").read_text())
+    (record,) = index["entries"]
+    assert record["bytes"] <= 3000
+    assert "ops.json is left out" in " ".join(index["notes"])
+    for name in record["files"].values():
+        assert (tmp_path / record["id"] / name).is_file()
+    assert "ops" not in record["files"]
+
+
+def _write_entries(root: Path, run: str) -> None:
+    dump = folder.DumpFolder(root, 10**6)
+    for i in range(15):
+        entry = dump.new_entry("decoder model")
+        entry.write("text", "text.txt", run)
+        dump.publish(entry, {"id": entry.id, "run": run, "written": str(i), "notes": []})
+
+
+def test_several_processes(tmp_path: Path) -> None:
+    """Processes that write into one folder lose none of each other's entries."""
+    context = multiprocessing.get_context("fork")  # a fresh one would spend seconds on importing torch
+    processes = [context.Process(target=_write_entries, args=(tmp_path, run)) for run in ("a", "b", "c")]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    entries = Dump.open(tmp_path).entries
+    assert len({entry.id for entry in entries}) == 45
+    assert {entry.record["run"] for entry in entries} == {"a", "b", "c"}
+
+
+def test_entries_of_one_folder(tmp_path: Path) -> None:
+    """Components, and runs after one another, share a folder; what is no entry is not listed."""
+    for qualname in ("first", "second", "first"):
+        _run(_region(GraphDump(tmp_path), qualname=qualname))
+    (tmp_path / "component-first" / "entry-7").mkdir()
+    (tmp_path / "component-first" / "entry-7" / "entry.json").write_text('{"id": ')
+    _run(_region(GraphDump(tmp_path), qualname="second"))
+    ids = [entry.id for entry in Dump.open(tmp_path).entries]
+    assert ids == [
+        f"component-{name}" for name in ("first/entry-0", "second/entry-0", "first/entry-1", "second/entry-1")
+    ]
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_reading_stays_inside(tmp_path: Path) -> None:
+    """A dump from elsewhere cannot make us open a file outside of it."""
+    (tmp_path / "secret").write_text("secret")
+    root = tmp_path / "dump"
+    _run(_region(GraphDump(root)))
+    index = json.loads((root / "index.json").read_text())
+    for name in ("../../../secret", str(tmp_path / "secret")):
+        index["entries"][0]["files"]["captured"] = name
+        (root / "index.json").write_text(json.dumps(index))
+        with pytest.raises(InputError, match="outside of the dump"):
+            Dump.open(root).entries[0].read("captured")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 99, "entries": []}', '{"schema": 1}'])
+def test_damaged_index(tmp_path: Path, text: str) -> None:
+    """An index that isn't one is refused in a sentence."""
+    (tmp_path / "index.json").write_text(text)
+    with pytest.raises(InputError, match=r"index\.json is no"):
+        Dump.open(tmp_path)

@@ -35,16 +35,16 @@ def captured_text(title: Sequence[str], readable: str, inputs: Sequence[str], op
     for i, line in enumerate(lines):
         if i == signature:
             parameters = list(_INPUT.finditer(lines[i][len("    def forward(self, ") : -len("):")]))
-            names = _names([aliases.get(p["name"], p["name"]) for p in parameters], inputs, readable)
+            names = _names([aliases.get(p["name"], p["name"]) for p in parameters], inputs, lines)
             text += _signature(parameters, aliases, names, inputs)
         elif not _ALIAS.match(line) and (line.strip() or text[-1].strip()):
             text.append(_beside(line, sources, names))
     return "\n".join(text) + "\n"
 
 
-def _names(nodes: Sequence[str], inputs: Sequence[str], readable: str) -> dict[str, str]:
+def _names(nodes: Sequence[str], inputs: Sequence[str], lines: Sequence[str]) -> dict[str, str]:
     """node -> what it is called here: a parameter or leaf by its own name, where nothing else has that name."""
-    taken = set(re.findall(r"\w+", readable))
+    taken = {word for line in lines for word in re.findall(r"\w+", line)}
     names: dict[str, str] = {}
     for node, said in zip(nodes, inputs, strict=False):
         name = re.sub(r"\W+", "_", one_line(said)).strip("_")

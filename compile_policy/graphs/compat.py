@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import CodeType
 from typing import Any
 
+import torch._inductor.config as inductor
 from torch._dynamo.convert_frame import register_bytecode_hook
 
 
@@ -37,3 +39,13 @@ def on_bytecode(hook: Callable[[CodeType, CodeType], None]) -> Callable[[], None
 
     handle = register_bytecode_hook(observe)
     return lambda: handle.remove()
+
+
+def kernel_origins() -> AbstractContextManager[Any]:
+    """Have Inductor say which operations went into which kernel (level 2, which adds comments to the code, no more).
+
+    The level is part of Inductor's cache key: what a cache holds without the origins is made once more with them.
+    """
+    if inductor.trace.provenance_tracking_level:
+        return nullcontext()
+    return inductor.patch({"trace.provenance_tracking_level": 2})  # type: ignore[no-any-return]

@@ -37,13 +37,21 @@ class GraphDump:
         directory: made when missing, for its owner alone. May be shared by components and processes.
         max_bytes: the most that all entries in ``directory`` may take; what is beyond is left out and noted.
         depyf_seconds: how long decompiling one entry's bytecode may take.
+        origins: note which operations went into which kernel. Inductor keeps results with and without origins apart,
+            so what a cache holds from runs without a dump is lowered once more.
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, depyf_seconds: float = 20.0
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        max_bytes: int = MAX_BYTES,
+        depyf_seconds: float = 20.0,
+        origins: bool = True,
     ) -> None:
         self.directory = Path(directory)
         self.depyf_seconds = depyf_seconds
+        self.origins = origins
         self._folder = DumpFolder(self.directory, max_bytes)
         self._max_bytes = max_bytes
         self._run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
@@ -53,7 +61,7 @@ class GraphDump:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Round a compile: see what only that moment shows, for the call of the dump that follows in this thread."""
-        with record(self._max_bytes, lambda error: self._failed("compilation", error)) as recording:
+        with record(self._max_bytes, self.origins, lambda error: self._failed("recording", error)) as recording:
             self._recorded.last = recording
             yield
 

@@ -86,7 +86,23 @@ class Dump:
         records = [r for r in index["entries"] if isinstance(r, dict) and isinstance(r.get("id"), str)]
         return cls(root, tuple(DumpedEntry(root, r) for r in records), tuple(map(str, index.get("notes", []))))
 
-    def entry(self, name: str) -> DumpedEntry:
+    @classmethod
+    def locate(cls, path: Path) -> tuple[Dump, str]:
+        """A dump and the rest of a path that goes on below it: ``DIR/COMPONENT/ENTRY``.
+
+        Raises:
+            InputError: no folder on the path is a dump.
+        """
+        rest: list[str] = []
+        folder = path
+        while not (folder / INDEX).is_file() and len(rest) < 2 and folder.name:
+            rest.insert(0, folder.name)
+            folder = folder.parent
+        if not (folder / INDEX).is_file():
+            return cls.open(path), ""  # raises, and names the path that was given
+        return cls.open(folder), "/".join(rest)
+
+    def entry(self, name: str = "") -> DumpedEntry:
         """By id, by component, or by the beginning of either; the newest where several fit in one component.
 
         Raises:

@@ -6,12 +6,12 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
 
-from compile_policy.graphs.compat import on_bytecode, structured_trace, trace_event
+from compile_policy.graphs.compat import kernel_origins, on_bytecode, structured_trace, trace_event
 
 #: Name in torch's structured trace -> name of the file in ``lowered/``.
 LOWERED = {
@@ -84,30 +84,33 @@ class _Listener(logging.Handler):
 
 
 @contextmanager
-def record(max_bytes: int, failed: Callable[[Exception], None]) -> Iterator[Recording]:
+def record(max_bytes: int, origins: bool, failed: Callable[[Exception], None]) -> Iterator[Recording]:
     """Record what this thread compiles inside the block.
 
     Args:
         max_bytes: texts that are larger are not kept.
+        origins: have Inductor say which operations went into which kernel.
         failed: told when listening is impossible; the block runs all the same.
     """
     recording = Recording()
-    endings: list[Callable[[], None]] = []
-    try:
-        thread = threading.get_ident()
-
-        def keep(original: CodeType, transformed: CodeType) -> None:
-            if threading.get_ident() == thread:
-                recording.bytecode.append(transformed)
-
-        trace, listener = structured_trace(), _Listener(recording, max_bytes)
-        endings.append(on_bytecode(keep))
-        trace.addHandler(listener)
-        endings.append(lambda: trace.removeHandler(listener))
-    except Exception as error:
-        failed(error)
-    try:
+    with ExitStack() as stack:
+        try:
+            _listen(stack, recording, max_bytes)
+            if origins:
+                stack.enter_context(kernel_origins())
+        except Exception as error:
+            failed(error)
         yield recording
-    finally:
-        for end in reversed(endings):
-            end()
+
+
+def _listen(stack: ExitStack, recording: Recording, max_bytes: int) -> None:
+    thread = threading.get_ident()
+
+    def keep(_: CodeType, transformed: CodeType) -> None:
+        if threading.get_ident() == thread:
+            recording.bytecode.append(transformed)
+
+    stack.callback(on_bytecode(keep))
+    trace, listener = structured_trace(), _Listener(recording, max_bytes)
+    trace.addHandler(listener)
+    stack.callback(trace.removeHandler, listener)

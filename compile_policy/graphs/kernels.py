@@ -1,0 +1,60 @@
+"""The kernels of an entry, and which operations went into each."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from compile_policy.errors import InputError
+from compile_policy.graphs.reading import DumpedEntry
+
+_DEFINED = re.compile(r"^(\w+) = async_compile\.", re.M)
+_CALLED = re.compile(r"\b(extern_kernels\.\w+)\(")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One call of generated code or of a library.
+
+    Attributes:
+        name: in the generated code.
+        lowered: operations of the lowered graph that went into it; empty where that is not known.
+        captured: operations of the captured graph that those came from.
+    """
+
+    name: str
+    lowered: tuple[str, ...] = ()
+    captured: tuple[str, ...] = ()
+
+    @property
+    def generated(self) -> bool:
+        """Whether the code was generated; otherwise it is a library's."""
+        return not self.name.startswith(("extern_kernels.", "torch.ops.", "aten."))
+
+
+def kernels_of(entry: DumpedEntry) -> list[Kernel]:
+    """Kernels in the order of the generated code; none where nothing was generated."""
+    if "provenance" in entry.files:
+        return _with_origins(entry)
+    if "output_code" not in entry.files:
+        return []
+    code = entry.read("output_code")
+    return [Kernel(name) for name in (*_DEFINED.findall(code), *_CALLED.findall(code))]
+
+
+def _with_origins(entry: DumpedEntry) -> list[Kernel]:
+    """Inductor numbers the kernels' calls: ``name:number``."""
+    try:
+        origins = json.loads(entry.read("provenance"))
+        to_captured, calls = origins["postToPre"], origins["cppCodeToPost"]
+        return [_kernel(str(call), nodes, to_captured) for call, nodes in calls.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{entry.id}/{entry.files['provenance']} is not what Inductor writes: {error!r}.") from None
+
+
+def _kernel(call: str, nodes: Any, to_captured: dict[str, list[str]]) -> Kernel:
+    name, _, number = call.rpartition(":")
+    captured = dict.fromkeys(pre for node in nodes for pre in to_captured.get(node, []))
+    return Kernel(name if number.isdigit() else call, tuple(map(str, nodes)), tuple(map(str, captured)))

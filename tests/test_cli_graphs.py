@@ -1,0 +1,158 @@
+"""``compile-policy graphs``: what it prints is what the dump holds, and a name cannot move the cursor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compile_policy.cli import main
+from compile_policy.graphs import GraphDump
+from compile_policy.region import Region, RegionOptions, SignatureBinder
+
+Run = Callable[..., str]
+
+
+class Gated(torch.nn.Module):
+    """Two lines of model."""
+
+    def __init__(self, act: Any = torch.nn.functional.silu) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+        self.act = act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = self.act(self.linear(x))
+        return (gate * x).softmax(-1)
+
+
+def _dump(root: Path, module: torch.nn.Module, qualname: str = "net", *, backend: str = "aot_eager") -> None:
+    dump = GraphDump(root)
+    options = RegionOptions(backend=backend, on_fault="error", dump=dump)
+    binder = SignatureBinder({"x": {0: "rows"}})
+    region = Region(module.eval(), role="component", qualname=qualname, binder=binder, options=options)
+    with torch.no_grad(), dump.recording():
+        region(x=torch.ones(3, 8))
+
+
+@pytest.fixture(scope="module")
+def dumps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dump of two components, one lowered by Inductor; a dump of an equal module, and one of a slightly other one."""
+    root = tmp_path_factory.mktemp("dumps")
+    _dump(root / "one", Gated(), backend="inductor")
+    _dump(root / "one", Gated(torch.tanh), "\x1b[31mother<b>")
+    _dump(root / "two", Gated(torch.nn.functional.gelu))
+    _dump(root / "same", Gated(), backend="inductor")
+    return root
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command of the group; returns standard output."""
+
+    def command(*argv: object, code: int = 0) -> str:
+        assert main(["graphs", *map(str, argv)]) == code
+        return capsys.readouterr().out
+
+    return command
+
+
+def test_ls(dumps: Path, run: Run) -> None:
+    """Entries with class, operations, inputs and dynamic dims; ``--json`` is the index."""
+    out = run("ls", dumps / "one")
+    line = next(line for line in out.splitlines() if "component-net/entry-0" in line)
+    assert line.split()[1:4] == ["Gated", "4", "4"]
+    assert "rows" in line
+    assert "\x1b" not in out
+    entries = json.loads(run("ls", dumps / "one", "--json"))["entries"]
+    assert [entry["component"]["cls"] for entry in entries] == ["Gated", "Gated"]
+
+
+def test_show(dumps: Path, run: Run) -> None:
+    """The captured graph has the model's line beside each operation; an entry may be named in three ways."""
+    out = run("show", dumps / "one", "component-net/entry-0")
+    silu = next(line for line in out.splitlines() if "silu" in line)
+    assert silu.endswith("gate = self.act(self.linear(x))")
+    assert f"{Path(__file__).name}:" in silu
+    assert run("show", dumps / "one" / "component-net" / "entry-0") == out
+    assert run("show", dumps / "one", "component net") == out
+    assert run("show", dumps / "one", "component-net") == out
+
+
+def test_show_other_files(dumps: Path, run: Run) -> None:
+    """Generated code and bytecode are one option away."""
+    entry = dumps / "one" / "component-net"
+    assert "async_compile" in run("show", entry, "--file", "output_code")
+    assert "__compiled_fn" in run("show", entry, "--file", "bytecode")
+    shown = json.loads(run("show", entry, "--file", "conditions", "--json"))
+    assert "x.shape[1] == 8" in shown["text"]
+    assert [op["op"] for op in json.loads(run("show", entry, "--json"))["ops"]] == ["linear", "silu", "mul", "softmax"]
+
+
+def test_stats(dumps: Path, run: Run) -> None:
+    """Operations by kind and line, and how many went into each kernel."""
+    (entry,) = json.loads(run("stats", dumps / "one", "component-net", "--json"))["entries"]
+    assert entry["kinds"] == {"linear": 1, "silu": 1, "mul": 1, "softmax": 1}
+    assert sorted(entry["lines"].values()) == [2, 2]
+    assert any(len(k["lowered"]) > 2 and "silu" in " ".join(k["captured"] + [k["name"]]) for k in entry["kernels"])
+    out = run("stats", dumps / "one")
+    assert "lowered operations fused" in out
+    assert "no kernels" in out  # the other component's backend makes none
+
+
+def test_find(dumps: Path, run: Run) -> None:
+    """An operation by kind, in every entry; none is exit code 1."""
+    assert run("find", dumps / "one", "softmax").count("return (gate * x).softmax(-1)") == 2
+    (hit,) = json.loads(run("find", dumps / "one", "silu", "--json"))["hits"]
+    assert hit["source"]["code"] == "gate = self.act(self.linear(x))"
+    assert run("find", dumps / "one", "conv3d", code=1) == ""
+
+
+def test_diff(dumps: Path, run: Run) -> None:
+    """The operation that differs, and only that; equal graphs are said to be equal."""
+    out = run("diff", dumps / "one" / "component-net", dumps / "two", code=1)
+    signs = [line[0] for line in out.splitlines() if line.startswith(("- ", "+ ")) and " = " in line]
+    assert signs == ["-", "+"]
+    assert "= silu" in out
+    assert "gelu" in out
+    found = json.loads(run("diff", dumps / "one" / "component-net", dumps / "two", "--json", code=1))
+    assert [change["position"] for change in found["changes"]] == [1]
+    assert {"what": "backend", "first": "inductor", "second": "aot_eager"} in found["facts"]
+    assert json.loads(run("diff", dumps / "one" / "component-net", dumps / "same", "--json"))["equal"] is True
+
+
+def test_names_cannot_move_the_cursor(dumps: Path, run: Run) -> None:
+    """Escapes and markup in a component's name come out as text."""
+    for out in (run("ls", dumps / "one"), run("stats", dumps / "one"), run("find", dumps / "one", "tanh")):
+        assert "\x1b" not in out
+    assert "\x1b" not in run("show", dumps / "one", "component-_31mother_b")
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["ls", "absent"], "no folder absent"),
+        (["ls", "."], "is no dump"),
+        (["show", "one", "component-nett"], "There are: component-net/entry-0, "),
+        (["show", "one"], "fits several"),
+        (["show", "one", "component-net", "--file", "kernel"], "it has captured, conditions"),
+        (["show", "one/component-net", "entry-0"], "names an entry already"),
+        (["diff", "one", "two"], "fits several"),
+        (["stats", "one", "--top", "0"], "--top"),
+    ],
+)
+def test_mistakes(
+    dumps: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, argv: list[str], says: str
+) -> None:
+    """Each is one line with exit code 2."""
+    monkeypatch.chdir(dumps)
+    assert main(["graphs", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert says in err
