@@ -22,6 +22,7 @@ import torch._dynamo.decorators
 import torch.fx.experimental._config as fx_config
 from torch._dynamo.backends.registry import lookup_backend
 
+from compile_policy.ahead import can_lower_ahead, lower_ahead, sizes_from_tensors
 from compile_policy.compat import graph_argument, leaf_dim_of_source, tracing_shape_env
 from compile_policy.predicate import ShapeConditions, conditions_of
 from compile_policy.shapes import UNBACKED
@@ -30,9 +31,14 @@ _serial = itertools.count()
 
 
 class Lowering(Protocol):
-    """The seam: a captured graph and its (fake) inputs -> a callable of the same flat inputs."""
+    """The seam: a captured graph and its inputs -> a callable of the same flat inputs.
+
+    ``ahead`` says that a graph is lowered after capture and not inside Dynamo's, as a function of tensors alone.
+    """
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]: ...
+
+    def ahead(self, gm: torch.fx.GraphModule) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,8 @@ class CompiledGraph:
         accepts: the sizes for which the graph holds.
         guards: what Dynamo would have guarded on.
         readable: the captured graph as Python text with source comments.
-        graph: the captured graph itself, kept for dumps.
+        sources: per operation of the captured graph its name, target, shape and where the model wrote it.
+        native: the package, when lowered ahead of time; takes ``bound`` and then the leaves in ``order``.
     """
 
     code: Callable[..., Any]
@@ -74,25 +81,75 @@ class CompiledGraph:
     guards: list[GuardRecord] = field(default_factory=list)
     readable: str = ""
     sources: list[dict[str, Any]] = field(default_factory=list)
+    native: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None
+    bound: list[torch.Tensor] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
+
+    @property
+    def road(self) -> str:
+        """``ahead`` of time, or ``jit``."""
+        return "ahead" if self.native is not None else "jit"
 
     def run(self, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Call the graph; leaves as `Call.leaves` of a call with the entry's key."""
-        inputs: list[Any] = []
-        for a in self.arguments:
-            if a.kind == "tensor":
-                inputs.append(a.tensor)
-            elif a.kind == "leaf":
-                inputs.append(leaves[a.leaf])
-            else:
-                inputs.append(leaves[a.leaf].shape[a.dim])
-        results = self.code(*inputs)
+        if self.native is not None:
+            results = self.native([*self.bound, *[leaves[i] for i in self.order]])
+        else:
+            results = self.code(*[_input(a, leaves) for a in self.arguments])
         return [results[i] if kind == "graph" else leaves[i] for kind, i in self.outputs]
+
+    def lower_ahead(self, gm: torch.fx.GraphModule) -> None:
+        """Replace the captured graph's Python by a native package."""
+        kept = sizes_from_tensors(gm)
+        arguments = [self.arguments[i] for i in kept]
+        bound = [i for i, a in enumerate(arguments) if a.kind == "tensor"]
+        rest = [i for i, a in enumerate(arguments) if a.kind == "leaf"]
+        _reorder_inputs(gm, [*bound, *rest])
+        self.bound = [a.tensor for a in (arguments[i] for i in bound) if a.tensor is not None]
+        self.order = [arguments[i].leaf for i in rest]
+        self.native = lower_ahead(gm)
+
+
+def _input(argument: Argument, leaves: Sequence[torch.Tensor]) -> Any:
+    if argument.kind == "tensor":
+        return argument.tensor
+    leaf = leaves[argument.leaf]
+    return leaf if argument.kind == "leaf" else leaf.shape[argument.dim]
+
+
+def _reorder_inputs(gm: torch.fx.GraphModule, order: Sequence[int]) -> None:
+    """Move the inputs of ``gm`` into the given order: parameters in front, so that they are one list for all calls."""
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    body = next(n for n in gm.graph.nodes if n.op != "placeholder")
+    for i in order:
+        body.prepend(inputs[i])
+    gm.recompile()
+
+
+class InductorJit:
+    """A backend of Dynamo by name: ``inductor``, ``aot_eager``, ``eager`` or any other."""
+
+    def __init__(self, backend: str, *, autotune: bool = False) -> None:
+        self.backend = backend
+        self.options = {"options": {"max_autotune": True}} if autotune and backend == "inductor" else {}
+
+    def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return lookup_backend(self.backend)(gm, list(inputs), **self.options)
+
+    def ahead(self, gm: torch.fx.GraphModule) -> bool:
+        return False
+
+
+class AheadOfTime(InductorJit):
+    """Native packages for graphs that AOTInductor can take, JIT for the others."""
+
+    def ahead(self, gm: torch.fx.GraphModule) -> bool:
+        return can_lower_ahead(gm)
 
 
 def lower_with(backend: str, *, autotune: bool = False) -> Lowering:
-    """The lowering for a backend name: ``inductor``, ``aot_eager``, ``eager`` or any that Dynamo knows."""
-    options = {"options": {"max_autotune": True}} if autotune and backend == "inductor" else {}
-    return lambda gm, inputs: lookup_backend(backend)(gm, list(inputs), **options)
+    """The lowering for a backend name; ``inductor`` means packages where possible."""
+    return AheadOfTime(backend, autotune=autotune) if backend == "inductor" else InductorJit(backend)
 
 
 def compile_call(
@@ -127,7 +184,10 @@ def compile_call(
             options={"guard_filter_fn": catcher.drop_guards},
         )
         results = compiled(*leaves)
-    return catcher.finish(results)
+        graph = catcher.finish(results)
+        if catcher.deferred is not None:
+            graph.lower_ahead(catcher.deferred)
+    return graph
 
 
 @contextmanager
@@ -158,6 +218,7 @@ class _Catcher:
         self.lowering = lowering
         self.guards: list[GuardRecord] = []
         self.graph: CompiledGraph | None = None
+        self.deferred: torch.fx.GraphModule | None = None
         self.outputs: Sequence[Any] = ()
 
     def drop_guards(self, entries: Sequence[Any]) -> list[bool]:
@@ -173,7 +234,11 @@ class _Catcher:
         accepts = conditions_of(env, self.leaves, shapes)
         readable = gm.print_readable(print_output=False)
         sources = [_source_record(n) for n in gm.graph.nodes if n.op.startswith("call")]
-        code = self.lowering(gm, example_inputs)
+        if self.lowering.ahead(gm):
+            self.deferred = gm
+            code: Callable[..., Any] = gm.forward
+        else:
+            code = self.lowering(gm, example_inputs)
         self.graph = CompiledGraph(code, arguments, [], accepts, self.guards, readable, sources)
 
         def run_and_note(*inputs: Any) -> Any:

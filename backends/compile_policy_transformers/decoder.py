@@ -18,9 +18,11 @@ from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLaye
 from transformers.masking_utils import create_masks_for_generate
 
 from compile_policy.errors import NotCompilable
+from compile_policy.entry import Entry
 from compile_policy.region import Bound
 from compile_policy.shapes import Labels
 from compile_policy_transformers import attention, caches, compat
+from compile_policy_transformers.repeat import DecodeSteps, Step, step_leaves, step_mask
 
 _SLIDING = ("sliding_attention", "chunked_attention")
 #: Visual tokens are some of the example's 2 x 3 positions.
@@ -37,6 +39,7 @@ class DecoderBinder:
         self.mask_config._attn_implementation_internal = attention.DECODER
         self.parameters = inspect.signature(decoder.forward).parameters
         self.shapes: list[caches.LayerShape | None] | None = None
+        self.steps = DecodeSteps()
         self.features = DeepstackFeatures(decoder)
 
     def belongs_to(self, model: torch.nn.Module) -> None:
@@ -65,6 +68,32 @@ class DecoderBinder:
         label = _Labels(batch, length, cache)
         ordered = {name: values[name] for name in sorted(values) if values[name] is not None}
         return Bound(ordered, label, fillers, _EXAMPLE_SIZES, boundary=length > 1)
+
+    def step(self, module: torch.nn.Module, kwargs: dict[str, Any], modes: tuple[Any, ...]) -> tuple[Entry, Step] | None:
+        """The short road: entry and leaves of a single-token call that continues the last one on its cache."""
+        known = self.steps.match(kwargs, modes)
+        if known is None:
+            return None
+        values = {name: kwargs.get(name) for name in ("inputs_embeds", "input_ids", "position_ids")}
+        tokens = values["inputs_embeds"] if values["inputs_embeds"] is not None else values["input_ids"]
+        if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2 or tokens.shape[1] != 1:
+            return None
+        embeds = self._embeds(module, values)
+        cache: Cache = kwargs["past_key_values"]
+        self._position_ids(values, embeds, cache)
+        values["attention_mask"] = step_mask(kwargs.get("attention_mask"), known, embeds)
+        if values["attention_mask"] is None:
+            return None
+        self.features.complete(values, embeds)
+        leaves = step_leaves(known, values, cache)
+        if leaves is None or not known.entry.graph.accepts(leaves):
+            return None
+        values["past_key_values"] = caches.CacheCall(cache, 1)
+        return known.entry, Step(known.entry.call.spec, leaves, {**dict.fromkeys(known.layout), **values})
+
+    def ran(self, kwargs: dict[str, Any], call: Any, entry: Entry, modes: tuple[Any, ...]) -> None:
+        """Note what a call left in its cache."""
+        self.steps.remember(kwargs, call, entry, modes)
 
     def _by_name(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         if not args:

@@ -1,0 +1,77 @@
+"""Lowering ahead of time: a captured graph as one native package, called with nothing but tensors.
+
+AOTInductor compiles the graph to a shared library that holds no weights and needs neither Dynamo, nor guards, nor
+Python to run. It takes what has no gradients and no operators implemented in Python; the rest goes to Inductor's JIT.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compile_policy import compat
+
+_OPTIONS: dict[str, Any] = {
+    "aot_inductor.package": True,
+    # The wrapper only calls kernels; a higher level costs most of the compile time and gains nothing at run time.
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+    "size_asserts": False,  # sizes are checked once per call, by the entry's conditions
+}
+
+
+def can_lower_ahead(gm: torch.fx.GraphModule) -> bool:
+    """Whether AOTInductor can take the graph: no gradients wanted, every operator native."""
+    for node in gm.graph.nodes:
+        value = node.meta.get("example_value")
+        if node.op == "placeholder" and isinstance(value, torch.Tensor):
+            if value.requires_grad and torch.is_grad_enabled():
+                return False
+        if node.op == "call_function" and getattr(node.target, "namespace", "") == "compile_policy":
+            return False  # implemented in Python: the package could not call it without the interpreter
+    return not torch.is_autocast_enabled("cpu")
+
+
+def sizes_from_tensors(gm: torch.fx.GraphModule) -> list[int]:
+    """Replace every size that ``gm`` takes as an input by the size of a tensor input that has it.
+
+    Returns:
+        The positions of the inputs that are left: the tensors.
+    """
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    tensors = [n for n in inputs if isinstance(n.meta["example_value"], torch.Tensor)]
+    places: dict[Any, tuple[torch.fx.Node, int]] = {}
+    for node in tensors:
+        for dim, size in enumerate(node.meta["example_value"].shape):
+            if isinstance(size, torch.SymInt):
+                places.setdefault(size.node.expr, (node, dim))
+    kept = [position for position, node in enumerate(inputs) if node in tensors]
+    for node in inputs:
+        if node in tensors:
+            continue
+        if node.users:
+            with gm.graph.inserting_after(tensors[-1]):
+                size = gm.graph.call_function(torch.ops.aten.sym_size.int, places[node.meta["example_value"].node.expr])
+            size.meta["example_value"] = node.meta["example_value"]
+            node.replace_all_uses_with(size)
+        gm.graph.erase_node(node)
+    gm.recompile()
+    return kept
+
+
+def lower_ahead(gm: torch.fx.GraphModule) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
+    """Compile ``gm``, whose inputs are all tensors, and load the package.
+
+    Returns:
+        A function of the list of inputs (which it empties) that returns the list of outputs.
+    """
+    inputs = tuple(n.meta["example_value"] for n in gm.graph.nodes if n.op == "placeholder")
+    with tempfile.TemporaryDirectory(prefix="compile_policy_") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own pickling of its tree specs
+        package = Path(folder) / "graph.pt2"
+        compat.write_package(gm, inputs, str(package), _OPTIONS)
+        return compat.load_package(str(package))
