@@ -153,6 +153,8 @@ class DecoderBinder:
             ids = ids.expand(*ids.shape[:-2], batch, length)
         if ids.dim() == 2 and self._rope_dims():
             ids = ids[None].expand(self._rope_dims(), batch, length)
+        elif ids.dim() == 3 and ids.shape[0] == 1 and self._rope_dims():
+            ids = ids.expand(self._rope_dims(), batch, length)  # text only: all three are the same
         elif ids.dim() == 3 and ids.shape[0] == self._rope_dims() + 1:
             # Row 0 repeats the text positions, which models use to recognise packed sequences; with the mask
             # given, nothing reads them.
