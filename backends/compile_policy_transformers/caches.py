@@ -142,6 +142,14 @@ def _empty(batch: int, heads: int, dim: int, dtype: torch.dtype, device: torch.d
 
 
 def needs_initialisation(cache: Cache) -> bool:
+    """Whether some layer has no tensors yet.
+
+    Raises:
+        NotCompilable: a layer that holds no keys and values, such as the state of linear attention.
+    """
+    for layer in cache.layers:
+        if not hasattr(layer, "is_initialized"):
+            raise _unknown(layer)
     return cache.layer_class_to_replicate is not None or not all(layer.is_initialized for layer in cache.layers)
 
 
@@ -155,6 +163,10 @@ def layer_shapes(cache: Cache) -> list[LayerShape | None]:
         else:
             result.append(LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype))
     return result
+
+
+def _unknown(layer: Any) -> NotCompilable:
+    return NotCompilable(f"the cache has a {type(layer).__name__}, which the policy cannot pass to a graph yet")
 
 
 class _CacheAdapter:
@@ -196,7 +208,7 @@ class _CacheAdapter:
             self._add(layer, out, path, SLIDING_SLOTS, mutable=True)
             place = ("static_sliding", layer.max_cache_len, layer.cumulative_length_int)
             return ("static_sliding", selects.setdefault(place, len(selects)))
-        raise NotCompilable(f"the cache has a {kind.__name__}, which the policy cannot pass to a graph yet")
+        raise _unknown(layer)
 
     @staticmethod
     def _add(layer: Any, out: Leaves, path: str, length: str, *, mutable: bool = False) -> None:
