@@ -11,8 +11,9 @@ from transformers import PreTrainedConfig
 from compile_policy.config import CompilationConfig
 from compile_policy.decorators import ClassPolicy, decorated, policy_of, use_config
 from compile_policy.errors import PolicyWarning
+from compile_policy.options import region_options
 from compile_policy.plan import Component, Plan
-from compile_policy.region import Binder, Region, RegionOptions, region_of
+from compile_policy.region import Binder, Region, region_of
 from compile_policy_transformers import compat
 from compile_policy_transformers.components import meta_model
 from compile_policy_transformers.decoder import DecoderBinder
@@ -49,7 +50,7 @@ def _attach(model: torch.nn.Module, component: Component, config: CompilationCon
         region = Region(module, role=component.role, binder=binder_for(component.role, module))
         region.attach()
     region.role, region.qualname, region.reason = component.role, component.qualname, component.reason
-    region.options = RegionOptions.from_config(config)
+    region.options = region_options(config)
     if isinstance(region.binder, DecoderBinder):
         region.binder.belongs_to(model)
     return region
