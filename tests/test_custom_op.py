@@ -217,6 +217,16 @@ def test_compile_native_does_nothing_where_nothing_is_compiled(rule: CustomOps) 
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 
 
+@pytest.mark.filterwarnings("error:torch.compile is ignored")
+def test_compile_native_keeps_out_of_an_export() -> None:
+    """Where something else traces, the native form is traced as it is."""
+    with use_custom_ops(ops("none", mode=2, backend="aot_eager")):
+        op = RMSNorm(4, compile_native=True)
+    x = torch.randn(2, 4)
+    exported = torch.export.export(nn.Sequential(op), (x,), strict=False)
+    torch.testing.assert_close(exported.module()(x), op.forward_native(x))
+
+
 @pytest.mark.parametrize("entries", [["all"], ["none"]])
 def test_operators_are_part_of_one_graph(entries: list[str]) -> None:
     """On or off, an operator does not break the graph around it, whatever the batch."""

@@ -355,6 +355,7 @@ def test_the_package_norm_takes_the_place_of_llamas() -> None:
     wanted = tokens(model)
     with replace_layers_(model, {LlamaRMSNorm: RMSNorm}):
         assert instances(model, RMSNorm) == 5
+        assert not any(module.training for module in model.modules())
         assert torch.equal(tokens(model), wanted)
     assert instances(model, LlamaRMSNorm) == 5
 
