@@ -5,17 +5,31 @@ Nothing else in ``compile_policy`` reaches below torch's documented interface.
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch._inductor
 from torch._guards import TracingContext
+from torch._inductor.package import package_aoti
+from torch.autograd import forward_ad
+from torch.nn.modules import module as module_hooks
+from torch.utils._device import DeviceContext
 
 from compile_policy.errors import EnvironmentNotSupported
 
 #: Oldest versions that the tests have passed on.
 TORCH_FLOOR = (2, 11)
 TRANSFORMERS_FLOOR = (5, 17)
+
+_GLOBAL_HOOKS: tuple[Mapping[int, Any], ...] = (
+    module_hooks._global_forward_pre_hooks,
+    module_hooks._global_forward_hooks,
+    module_hooks._global_backward_pre_hooks,
+    module_hooks._global_backward_hooks,
+)
 
 _SIZE_OF_LEAF = re.compile(r"L\['leaves'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
 
@@ -95,8 +109,103 @@ def autocast_state() -> tuple[Any, ...]:
     )
 
 
+def renew_after_fork(lock: Any) -> None:
+    """Let a forked child start with ``lock`` free, whichever thread of its parent held it."""
+    os.register_at_fork(after_in_child=lock._at_fork_reinit)
+
+
 def original_error(error: BaseException) -> BaseException:
     """What went wrong, without the wrappers that Dynamo puts round a backend's exception."""
     while isinstance(inner := getattr(error, "inner_exception", None), BaseException):
         error = inner
     return error
+
+
+def write_package(gm: torch.fx.GraphModule, inputs: tuple[Any, ...], path: str, options: dict[str, Any]) -> None:
+    """Compile a graph with AOTInductor and write the package.
+
+    The documented way goes through ``torch.export``, which would trace the graph a second time.
+    """
+    files = torch._inductor.aot_compile(gm, inputs, options=options)
+    package_aoti(path, files)
+
+
+def load_package(path: str) -> Any:
+    """A package as a function of a list of tensors, which it empties; without the pytree layer of the public loader."""
+    return torch._C._aoti.AOTIModelPackageLoader(path, "model", False, 1, -1).boxed_run
+
+
+def modes() -> tuple[tuple[str, Any], ...]:
+    """What a graph takes for granted about the process and the calling thread, by name."""
+    return (
+        ("grad mode", torch.is_grad_enabled()),
+        ("inference mode", torch.is_inference_mode_enabled()),
+        ("autocast", autocast_state()),
+        ("default dtype", torch.get_default_dtype()),
+        ("default device", _default_devices()),
+        ("deterministic algorithms", torch._C._get_deterministic_algorithms()),
+        ("float32 matmul precision", torch._C._get_float32_matmul_precision()),
+    )
+
+
+def _default_devices() -> tuple[Any, ...]:
+    """Devices of `torch.device` contexts, the outermost first; other function modes are for `eager_only`."""
+    count = torch._C._len_torch_function_stack()
+    return tuple(str(_function_mode(i).device) for i in range(count)) if count else ()  # usual: none
+
+
+def _function_mode(index: int) -> Any:
+    return torch._C._get_function_stack_at(index)
+
+
+def eager_only(module: torch.nn.Module) -> str:
+    """What about the process or the module forbids any compiled call just now, in words; empty when nothing does."""
+    own = module.__dict__
+    if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return "the component has a backward hook"
+    if own["_forward_hooks_always_called"]:
+        return "the component has a forward hook that is always called"
+    if any(_GLOBAL_HOOKS):
+        return "a hook for all modules is registered"
+    if torch._C._len_torch_dispatch_stack():
+        return "a TorchDispatchMode is active"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "the call is inside a torch.func transformation"
+    if forward_ad._current_level >= 0:
+        return "forward-mode automatic differentiation is active"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit is tracing"
+    for i in range(torch._C._len_torch_function_stack()):
+        if not isinstance(_function_mode(i), DeviceContext):
+            return f"the TorchFunctionMode {type(_function_mode(i)).__name__} is active"
+    return ""
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether forward hooks are registered on the module itself."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def call_with_hooks(module: torch.nn.Module, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``call(args, kwargs)`` between the module's forward pre-hooks and forward hooks, as ``_call_impl`` has it."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if key in module._forward_pre_hooks_with_kwargs:
+            both = hook(module, args, kwargs)
+            if both is not None:
+                args, kwargs = both
+        else:
+            changed = hook(module, args)
+            if changed is not None:
+                args = changed if isinstance(changed, tuple) else (changed,)
+    result = call(args, kwargs)
+    for key, after in list(module._forward_hooks.items()):
+        with_kwargs = key in module._forward_hooks_with_kwargs
+        other = after(module, args, kwargs, result) if with_kwargs else after(module, args, result)
+        result = result if other is None else other
+    return result
+
+
+def tensor_state(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Tensors that a forward may write into: buffers, and tensors kept as plain attributes."""
+    held = [v for m in module.modules() for v in m.__dict__.values() if type(v) is torch.Tensor]
+    return [*module.buffers(), *held]

@@ -14,9 +14,6 @@ Inheritance: a subclass follows its nearest decorated base unless it is decorate
 from __future__ import annotations
 
 import functools
-import inspect
-import types
-import typing
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +25,9 @@ import torch
 
 from compile_policy.config import CompilationConfig
 from compile_policy.errors import DecorationError
-from compile_policy.region import Binder, Region, RegionOptions, SignatureBinder, region_of
+from compile_policy.options import region_options
+from compile_policy.positional import PositionalCheck
+from compile_policy.region import Binder, Region, SignatureBinder, region_of
 from compile_policy.shapes import ArgDims, DimSpec, infer_dynamic_arg_dims, normalise
 
 C = TypeVar("C", bound=type[torch.nn.Module])
@@ -120,12 +119,13 @@ def decorated(policies: Mapping[type[torch.nn.Module], ClassPolicy]) -> Iterator
         for cls, policy in policies.items():
             if cls in _policies:
                 continue
-            undo.append((cls, cls.__dict__.get("__init__")))
+            before = cls.__dict__.get("__init__")
             _install(cls, policy)
+            undo.append((cls, before))
         yield
     finally:
         for cls, init in undo:
-            del _policies[cls]
+            _policies.pop(cls, None)
             if init is None:
                 del cls.__init__
             else:
@@ -174,7 +174,7 @@ def dims_of(cls: type, policy: ClassPolicy) -> ArgDims:
 
 def _install(cls: type[torch.nn.Module], policy: ClassPolicy) -> None:
     original = cls.__init__
-    checked = _Positional(cls, original)
+    checked = PositionalCheck(cls, original)
 
     @functools.wraps(original)
     def __init__(self: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -202,64 +202,5 @@ def _attach(module: torch.nn.Module) -> None:
         dims = dims_of(type(module), policy) if override is None else normalise(type(module), override)
         binder = SignatureBinder(dims)
     reason = "its class is decorated with support_torch_compile"
-    options = RegionOptions.from_config(config)
+    options = region_options(config)
     Region(module, role=policy.role, binder=binder, options=options, reason=reason).attach()
-
-
-class _Positional:
-    """Checks positional arguments of a constructor against its annotations.
-
-    A positional argument that lands on the wrong parameter of somebody else's constructor is the usual way in which
-    wrapped constructors fail; the error names what to annotate instead of failing somewhere inside.
-    """
-
-    def __init__(self, cls: type, init: Callable[..., None]) -> None:
-        self._cls = cls
-        self._init = init
-        self._expected: list[tuple[str, Any]] | None = None
-
-    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        if not args:
-            return
-        if self._expected is None:
-            self._expected = _positional_annotations(self._init)
-        for value, (name, annotation) in zip(args, self._expected, strict=False):
-            if not _fits(value, annotation):
-                raise TypeError(
-                    f"{type(module).__qualname__}.__init__ got a {type(value).__qualname__} as positional argument "
-                    f"{name!r}, which is annotated {_written(annotation)}. Annotate {name!r} of "
-                    f"{self._cls.__qualname__}.__init__ with the type that it takes, or pass the argument by name."
-                )
-
-
-def _positional_annotations(init: Callable[..., None]) -> list[tuple[str, Any]]:
-    try:
-        hints = typing.get_type_hints(init)
-    except Exception:  # an annotation that only a type checker can resolve
-        hints = {}
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = list(inspect.signature(init).parameters.values())[1:]
-    return [(p.name, hints.get(p.name, Any)) for p in parameters if p.kind in kinds]
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    """Whether ``value`` may be of the annotated type; what cannot be checked at run time fits."""
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, a) for a in typing.get_args(annotation))
-    if origin is typing.Literal:
-        return value in typing.get_args(annotation)
-    if annotation is None or annotation is type(None):
-        return value is None
-    target = origin or annotation
-    if not isinstance(target, type) or getattr(target, "_is_protocol", False):
-        return True
-    if target is float:
-        return isinstance(value, (int, float))
-    if target is complex:
-        return isinstance(value, (int, float, complex))
-    return isinstance(value, target)
-
-
-def _written(annotation: Any) -> str:
-    return annotation.__qualname__ if isinstance(annotation, type) else str(annotation)

@@ -6,11 +6,13 @@ sizes 0 and 1 as constants. Values are random but reproducible, so that the comp
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
 
+from compile_policy.errors import NotCompilable
 from compile_policy.shapes import Labels
 
 #: Sizes handed to labels in the order in which the call names them. Sums of two are avoided on purpose.
@@ -25,8 +27,8 @@ def sizes_of(labels: Sequence[Labels], preferred: Mapping[str, int]) -> dict[str
     names = [n for ls in labels for n in ls if n is not None]
     simple = dict.fromkeys(part for name in names for part in name.split("+"))
     if len(simple) > len(_SIZES):
-        raise ValueError(f"a call with {len(simple)} different dynamic sizes is beyond what examples are built for")
-    free = (size for size in _SIZES if size not in preferred.values())
+        raise NotCompilable(f"a call with {len(simple)} different dynamic sizes is beyond what examples are built for")
+    free = itertools.chain((s for s in _SIZES if s not in preferred.values()), itertools.count(131, 2))
     sizes = {name: preferred.get(name) or next(free) for name in simple}
     return {name: sum(sizes[p] for p in name.split("+")) for name in dict.fromkeys([*names, *simple])}
 
@@ -54,10 +56,14 @@ def synthetic(
 class Shaped(Protocol):
     """What of a call an example is made from."""
 
-    leaves: list[torch.Tensor]
-    labels: list[Labels]
-    fillers: list[Filler | None]
-    sizes: Mapping[str, int]
+    @property
+    def leaves(self) -> list[torch.Tensor]: ...
+    @property
+    def labels(self) -> list[Labels]: ...
+    @property
+    def fillers(self) -> list[Filler | None]: ...
+    @property
+    def sizes(self) -> Mapping[str, int]: ...
 
 
 def examples(call: Shaped) -> Iterator[tuple[list[torch.Tensor], list[Labels]]]:
@@ -80,8 +86,8 @@ def copies(leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 def _fill(dtype: torch.dtype, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
     if dtype.is_floating_point or dtype.is_complex:
-        return torch.randn(*shape, generator=generator).to(dtype)
+        return torch.randn(tuple(shape), generator=generator).to(dtype)
     if dtype is torch.bool:
-        return torch.ones(*shape, dtype=dtype)
+        return torch.ones(tuple(shape), dtype=dtype)
     # Integers index something as often as not: 0 and 1 are inside every table that has two rows.
     return (torch.arange(int(torch.Size(shape).numel())) % 2).reshape(shape).to(dtype)

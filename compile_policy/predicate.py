@@ -28,7 +28,7 @@ _FUNCTIONS: dict[str, Any] = {"Max": max, "Min": min, "floor": lambda x: int(x /
 
 
 class ShapeConditions:
-    """Callable on the leaves' shapes; remembers shapes that passed, so that a repeated call costs a look-up."""
+    """Callable on the leaves: whether their sizes fulfil every condition."""
 
     def __init__(self, conditions: Sequence[str]) -> None:
         self.conditions = tuple(dict.fromkeys(conditions))

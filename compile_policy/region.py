@@ -6,30 +6,43 @@ A `Region` stands in front of one module instance. It never changes the module: 
 
 from __future__ import annotations
 
-import inspect
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 import torch
 
 from compile_policy import compat
+from compile_policy.binder import Binder as Binder
+from compile_policy.binder import Bound as Bound
+from compile_policy.binder import SignatureBinder as SignatureBinder
+from compile_policy.binder import StepBinder as StepBinder
 from compile_policy.call_key import Call, make_call
 from compile_policy.config import CompilationConfig
-from compile_policy.entry import Entry, build_entry
+from compile_policy.entry import Entry, ExampleUnfit, build_entry
 from compile_policy.errors import BudgetExceeded, CompileFault, NotCompilable
 from compile_policy.events import emit
-from compile_policy.example import Filler, examples
+from compile_policy.example import examples
 from compile_policy.fingerprint import Fingerprint
 from compile_policy.lowering import Lowering, lower_with
 from compile_policy.plan import ComponentReport
-from compile_policy.shapes import ArgDims, Labels, infer_dynamic_arg_dims, labels_for
+from compile_policy.shapes import Labels, pattern
 
 # Dynamo is not safe to enter from two threads; one capture at a time in the whole process.
 _compile_lock = threading.RLock()
+compat.renew_after_fork(_compile_lock)
+Verdict = tuple[tuple[Any, ...], tuple[Any, ...]]
+
+
+class Dump(Protocol):
+    """Writes entries for people."""
+
+    def recording(self) -> AbstractContextManager[None]: ...
+
+    def __call__(self, region: Region, entry: Entry) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -41,83 +54,22 @@ class RegionOptions:
     on_budget: str = "warn"
     on_fault: str = "eager"
     autotune: bool = False
-    dump: Callable[[Region, Entry], None] | None = None
+    dump: Dump | None = None
 
     @classmethod
-    def from_config(
-        cls, config: CompilationConfig, dump: Callable[[Region, Entry], None] | None = None
-    ) -> RegionOptions:
+    def from_config(cls, config: CompilationConfig, dump: Dump | None = None) -> RegionOptions:
         return cls(config.backend, config.max_entries, config.on_budget, config.on_fault, config.mode == 3, dump)
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Round a compile: what a dump has to watch while it happens."""
+        return nullcontext() if self.dump is None else self.dump.recording()
 
     def lowering(self) -> Lowering:
         return lower_with(self.backend, autotune=self.autotune)
 
 
-@dataclass(frozen=True)
-class Bound:
-    """A call's arguments by name, made canonical.
-
-    Attributes:
-        values: name -> argument, in a fixed order.
-        label: labels of a tensor argument, from its path.
-        fillers: path -> how to fill the example, where random values would not do.
-        sizes: label -> size in the example, where a size of its own would not do.
-        example: makes the whole example call, where its tensors have to fit together; used instead of fillers.
-        boundary: whether this call starts a sequence, so that the structure is looked at again.
-    """
-
-    values: Mapping[str, Any]
-    label: Callable[[str, torch.Tensor], Labels]
-    fillers: Mapping[str, Filler] = field(default_factory=dict)
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    example: Callable[[], Mapping[str, Any]] | None = None
-    boundary: bool = True
-
-
-class Binder(Protocol):
-    """Makes a component's call canonical. A backend has one per kind of component."""
-
-    def bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
-        """Raises NotCompilable when this call has to run eager."""
-
-    def tracing(self, module: torch.nn.Module) -> Any:
-        """A context manager in which the component is traced."""
-
-
-class SignatureBinder:
-    """Binds by the signature of ``forward``; dynamic dims as declared or inferred."""
-
-    def __init__(self, dims: ArgDims) -> None:
-        self.dims = dims
-
-    @classmethod
-    def inferred(cls, module_cls: type) -> SignatureBinder:
-        return cls(infer_dynamic_arg_dims(module_cls))
-
-    def bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
-        try:
-            bound = inspect.signature(module.forward).bind(*args, **kwargs)
-        except TypeError as error:
-            raise NotCompilable(f"the call does not fit the signature: {error}") from None
-        values: dict[str, Any] = {}
-        for name, value in bound.arguments.items():
-            kind = bound.signature.parameters[name].kind
-            if kind is inspect.Parameter.VAR_KEYWORD:
-                values.update(value)
-            elif kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
-                raise NotCompilable(f"forward takes {name} by position only; pass it by name to have it compiled")
-            else:
-                values[name] = value
-        return Bound(values, self._label)
-
-    def _label(self, path: str, tensor: torch.Tensor) -> Labels:
-        name = path.split("[")[0].split(".")[0]
-        dims = self.dims.get(name)
-        return labels_for(tensor, dims, path) if dims else (None,) * tensor.dim()
-
-    @contextmanager
-    def tracing(self, module: torch.nn.Module) -> Iterator[None]:
-        yield
+class PassingObstacle(NotCompilable):
+    """Stands in the way of this call only: nothing is concluded for the next."""
 
 
 class Region:
@@ -140,10 +92,12 @@ class Region:
         self.options = options or RegionOptions()
         self.reason = reason
         self.entries: dict[tuple[Any, ...], list[Entry]] = {}
-        self.refused: dict[tuple[Any, ...], str] = {}
+        self.refused: dict[Verdict, str] = {}
         self.fingerprint = Fingerprint(module)
+        self.steps = binder if isinstance(binder, StepBinder) else None
         self.lock = _compile_lock
         self.forced_eager = 0
+        self._building = threading.local()
         self.graphs = self.calls = self.eager_calls = 0
         self.compile_seconds = 0.0
         self.fallback: str | None = None
@@ -155,28 +109,57 @@ class Region:
     # -- the path of a call ---------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return compat.plain_call(self.module, *args, **kwargs)
-        if self.forced_eager:
+        if torch.compiler.is_compiling() or self.forced_eager or getattr(self._building, "now", False):
             return compat.plain_call(self.module, *args, **kwargs)
         self.calls += 1
+        obstacle = compat.eager_only(self.module)
+        if obstacle:
+            return self._eager(NotCompilable(obstacle), None, compat.plain_call, self.module, *args, **kwargs)
+        if compat.has_hooks(self.module):
+            return compat.call_with_hooks(self.module, self._run, args, kwargs)
+        return self._run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.steps is not None and not args:
+            found = self.steps.step(self.module, kwargs, self._modes())
+            if found is not None:
+                entry, step = found
+                result = entry.run(step)
+                self.steps.ran(kwargs, step, entry, self._modes())
+                return result
+        call: Call | None = None
         try:
             call = self._bind(args, kwargs)
             entry = self._find(call) or self._compile(call)
-        except NotCompilable as why:
-            return self._eager(why, args, kwargs)
-        return entry.run(call)
+            result = self._guarded(entry, call)
+        except NotCompilable as reason:
+            why = reason
+        else:
+            if self.steps is not None:
+                self.steps.ran(kwargs, call, entry, self._modes())
+            return result
+        return self._eager(why, call, self.module.forward, *args, **kwargs)
+
+    @staticmethod
+    def _guarded(entry: Entry, call: Call) -> Any:
+        """Run an entry; an error that leaves the arguments as they were is told as eager would tell it."""
+        if entry.written and (obstacle := entry.obstacle(call)):
+            raise PassingObstacle(obstacle)
+        try:
+            return entry.run(call)
+        except Exception as error:
+            if entry.written or call.mutable:
+                raise
+            raise PassingObstacle(f"the compiled graph failed with {type(error).__name__}: {error}") from error
+
+    def _modes(self) -> tuple[Any, ...]:
+        return (compat.modes(), self.module.training, self.fingerprint.number)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         bound = self.binder.bind(self.module, args, kwargs)
         structure = self.fingerprint.current(look_again=bound.boundary)
-        modes = (
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            self.module.training,
-            compat.autocast_state(),
-        )
-        return make_call(bound.values, bound.label, (modes, structure), bound.fillers, bound.sizes, bound.example)
+        extra = ((*compat.modes(), ("training flag", self.module.training)), structure)
+        return make_call(bound.values, bound.label, extra, bound.fillers, bound.sizes, bound.example)
 
     def _find(self, call: Call) -> Entry | None:
         for entry in self.entries.get(call.key, ()):
@@ -184,12 +167,16 @@ class Region:
                 return entry
         return None
 
-    def _eager(self, why: NotCompilable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _eager(self, why: NotCompilable, call: Call | None, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run eager and say why. A verdict is kept only when eager runs: else the mistake is in the call."""
         self.eager_calls += 1
+        result = run(*args, **kwargs)
+        if call is not None and not isinstance(why, PassingObstacle):
+            self.refused.setdefault(_verdict(call), why.reason)
         if self.fallback != why.reason:
             self.fallback = why.reason
             emit("fallback", self.name, f"runs eager: {why.reason}", reason=why.reason, remedy=why.remedy)
-        return compat.plain_call(self.module, *args, **kwargs)
+        return result
 
     # -- compiling ------------------------------------------------------------------------------------------------
 
@@ -198,40 +185,50 @@ class Region:
             entry = self._find(call)  # another thread may have been here first
             if entry is not None:
                 return entry
-            if call.key in self.refused:
-                raise NotCompilable(self.refused[call.key])
+            if _verdict(call) in self.refused:
+                raise NotCompilable(self.refused[_verdict(call)])
             self._check_budget()
             self._announce(call)
+            why: NotCompilable | None = None
             for example, labels in self._examples(call):
-                entry = self._build(call, example, labels)
+                try:
+                    entry = self._build(call, example, labels)
+                except ExampleUnfit as reason:
+                    why = reason
+                    continue
                 if entry.graph.accepts(call.leaves):
                     return entry
-            # Kept for the sizes it holds for, but never run for this call, and not tried again.
-            reason = (
-                f"the graph does not hold for these sizes: {'; '.join(entry.graph.accepts.failing(call.leaves)[:3])}"
-            )
-            self.refused[call.key] = reason
-            raise NotCompilable(reason)
+                # Kept for the sizes it holds for, but never run for this call.
+                failing = "; ".join(entry.graph.accepts.failing(call.leaves)[:3])
+                why = NotCompilable(f"the graph does not hold for these sizes: {failing}")
+            assert why is not None
+            raise why
 
-    def _examples(self, call: Call) -> Iterator[tuple[list[torch.Tensor], Sequence[Labels]]]:
-        if call.example is None:
-            return examples(call)
-        made = make_call(call.example(), call.label)
-        return iter([(made.leaves, call.labels)])
+    def _examples(self, call: Call) -> list[tuple[list[torch.Tensor], Sequence[Labels]]]:
+        """Examples that have not been tried for calls like this one."""
+        try:
+            if call.example is not None:
+                return [(make_call(call.example(), call.label).leaves, call.labels)]
+            general, given = examples(call)
+        except NotCompilable:
+            raise
+        except Exception as error:
+            raise NotCompilable(f"no example of the call could be made: {error}") from error
+        tried = any(pattern(e.call.labels) == pattern(call.labels) for e in self.entries.get(call.key, ()))
+        return [given] if tried else [general, given]
 
     def _build(self, call: Call, example: list[torch.Tensor], labels: Sequence[Labels]) -> Entry:
         started = time.perf_counter()
+        self._building.now = True
         try:
-            with self.pause(), self.binder.tracing(self.module):
+            with self.options.recording(), self.binder.tracing(self.module):
                 entry = build_entry(self.module, call, example, labels, self.options.lowering(), self._count_capture)
-        except NotCompilable as why:
-            self.refused[call.key] = why.reason
-            raise
-        except (KeyboardInterrupt, SystemExit):
+        except (NotCompilable, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            self._fault(call, error)
+            self._fault(error)
         finally:
+            self._building.now = False
             self.compile_seconds += time.perf_counter() - started
         entry.seconds = time.perf_counter() - started
         self.entries.setdefault(call.key, []).append(entry)
@@ -269,19 +266,19 @@ class Region:
         (modes, structure), (modes_now, structure_now) = entry.call.key[2:], call.key[2:]
         if structure != structure_now:
             return f"{self.fingerprint.difference(structure, structure_now)} changed"
-        if modes != modes_now:
-            return f"(grad, inference, training, autocast) are {modes_now}, were {modes}"
+        for (name, was), (_, now) in zip(modes, modes_now, strict=True):
+            if was != now:
+                return f"{name} is {now}, was {was}"
         return entry.difference(call)
 
-    def _fault(self, call: Call, error: BaseException) -> NoReturn:
-        """Remember that this key cannot be compiled; ``on_fault="error"`` raises the original."""
+    def _fault(self, error: BaseException) -> NoReturn:
+        """A capture or lowering that failed: eager, or ``on_fault="error"`` raises with the original as cause."""
         cause = compat.original_error(error)
         first_line = (str(cause).strip().splitlines() or [""])[0]
         reason = f"compiling failed with {type(cause).__name__}: {first_line[:300]}"
-        self.refused[call.key] = reason
         if self.options.on_fault == "error":
-            raise CompileFault(f"{self.name}: {reason}") from error
-        raise NotCompilable(reason) from error
+            raise CompileFault(f"{self.name}: {reason}") from cause
+        raise NotCompilable(reason) from cause
 
     # -- for others -----------------------------------------------------------------------------------------------
 
@@ -316,6 +313,11 @@ class Region:
             compile_seconds=round(self.compile_seconds, 3),
             fallback=self.fallback,
         )
+
+
+def _verdict(call: Call) -> Verdict:
+    """What a verdict is about: the key, and which sizes of the call are equal to which."""
+    return call.key, pattern(call.labels)
 
 
 def region_of(module: torch.nn.Module) -> Region | None:

@@ -150,6 +150,12 @@ def labels_for(tensor: torch.Tensor, dims: Mapping[int, str | None], where: str)
     return tuple(result)
 
 
+def pattern(labels: Sequence[Labels]) -> tuple[tuple[int, ...], ...]:
+    """Which dims share a label, without the labels' names (which may hold sizes); -1 is a static dim."""
+    numbers: dict[str | None, int] = {None: -1}
+    return tuple(tuple([numbers.setdefault(n, len(numbers)) for n in names]) for names in labels)
+
+
 def _one(cls: type, name: str, spec: DimSpec) -> dict[int, str | None]:
     if isinstance(spec, Mapping):
         items: list[tuple[Any, str | None]] = list(spec.items())

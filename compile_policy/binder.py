@@ -1,0 +1,107 @@
+"""How a call of a component becomes named arguments with labels; a backend has a `Binder` per kind of component."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from compile_policy.errors import DecorationError, NotCompilable
+from compile_policy.example import Filler
+from compile_policy.shapes import ArgDims, Labels, infer_dynamic_arg_dims, labels_for
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A call's arguments by name, made canonical.
+
+    Attributes:
+        values: name -> argument, in a fixed order.
+        label: labels of a tensor argument, from its path.
+        fillers: path -> how to fill the example, where random values would not do.
+        sizes: label -> size in the example, where a size of its own would not do.
+        example: makes the whole example call, where its tensors have to fit together; used instead of fillers.
+        boundary: whether this call starts a sequence, so that the structure is looked at again.
+    """
+
+    values: Mapping[str, Any]
+    label: Callable[[str, torch.Tensor], Labels]
+    fillers: Mapping[str, Filler] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    example: Callable[[], Mapping[str, Any]] | None = None
+    boundary: bool = True
+
+
+class Binder(Protocol):
+    """Makes a component's call canonical. A backend has one per kind of component."""
+
+    def bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
+        """Raises NotCompilable when this call has to run eager."""
+
+    def tracing(self, module: torch.nn.Module) -> Any:
+        """A context manager in which the component is traced."""
+
+
+@runtime_checkable
+class StepBinder(Binder, Protocol):
+    """A binder that recognises a call that only continues the last one, and takes a shorter road for it."""
+
+    def step(self, module: torch.nn.Module, kwargs: dict[str, Any], modes: tuple[Any, ...]) -> tuple[Any, Any] | None:
+        """Entry and call (``spec``, ``leaves``, ``values``) of such a step, ``None`` for any other call."""
+
+    def ran(self, kwargs: dict[str, Any], call: Any, entry: Any, modes: tuple[Any, ...]) -> None:
+        """Told of every call that an entry has run."""
+
+
+class SignatureBinder:
+    """Binds by the signature of ``forward``; dynamic dims as declared or inferred."""
+
+    def __init__(self, dims: ArgDims) -> None:
+        self.dims = dims
+        self._known: tuple[Any, inspect.Signature] | None = None
+
+    @classmethod
+    def inferred(cls, module_cls: type) -> SignatureBinder:
+        return cls(infer_dynamic_arg_dims(module_cls))
+
+    def bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
+        try:
+            bound = self._signature(module).bind(*args, **kwargs)
+        except TypeError as error:
+            raise NotCompilable(f"the call does not fit the signature: {error}") from None
+        values: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            kind = bound.signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                values.update(value)
+            elif kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+                raise NotCompilable(f"forward takes {name} by position only; pass it by name to have it compiled")
+            elif value is not bound.signature.parameters[name].default:  # f(x) and f(x, None) are one call
+                values[name] = value
+        return Bound(values, self._label)
+
+    def _signature(self, module: torch.nn.Module) -> inspect.Signature:
+        """Kept until ``forward`` is another function: asking costs more than the rest of the call."""
+        forward = module.__dict__.get("forward") or type(module).forward
+        known = self._known
+        if known is None or known[0] is not forward:
+            known = self._known = (forward, inspect.signature(module.forward))
+        return known[1]
+
+    def _label(self, path: str, tensor: torch.Tensor) -> Labels:
+        name = path.split("[")[0].split(".")[0]
+        dims = self.dims.get(name)
+        if not dims:
+            return (None,) * tensor.dim()
+        try:
+            return labels_for(tensor, dims, path)
+        except DecorationError as error:  # perhaps the caller's mistake, and then eager says so better
+            raise NotCompilable(error.message, remedy=error.remedy) from None
+
+    @contextmanager
+    def tracing(self, module: torch.nn.Module) -> Iterator[None]:
+        yield

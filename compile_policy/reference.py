@@ -1,0 +1,180 @@
+"""A component run eager on the example: the shape of its result, and the numbers to compare an entry with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from compile_policy import compat
+from compile_policy.call_key import CONSTANTS, Call, adapted, collect_state, rebuild
+from compile_policy.errors import NotCompilable
+from compile_policy.example import copies
+from compile_policy.fingerprint import difference, fingerprint
+from compile_policy.lowering import CompiledGraph
+
+#: Largest error of a compiled entry against eager on the example, relative to the largest value of the tensor.
+#: Fusion keeps intermediates in higher precision than eager does, so low precisions get room for a few roundings.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+
+class Reference:
+    """The component run eager on the example.
+
+    Attributes:
+        tree: pytree structure of the result; ``leaves``: for each of its leaves what `OutputSpec` says.
+        state_sizes: number of state tensors of each adapted argument, in order.
+        written: places of leaves that the component writes into.
+
+    Raises:
+        NotCompilable: the result cannot come out of a graph, or the run changes the component itself.
+    """
+
+    def __init__(self, module: torch.nn.Module, call: Call, example: list[torch.Tensor]) -> None:
+        self.module = module
+        self.call = call
+        self.example = copies(example)
+        self.used = copies(example)
+        self.draws = False
+        values, result = self._settled()
+        mine = [v for name, spec in call.spec for _, _, v in adapted(spec, values[name])]
+        with_paths, self.tree = pytree.tree_flatten_with_path(result, is_leaf=lambda x: any(x is a for a in mine))
+        leaves = [leaf for _, leaf in with_paths]
+        self.paths = [_steps(path) for path, leaf in with_paths if isinstance(leaf, torch.Tensor)]
+        self.flags = [(_steps(path), leaf) for path, leaf in with_paths if isinstance(leaf, bool)]
+        self.leaves = tuple(_describe(leaf, values) for leaf in leaves)
+        state = [tensors for name, spec in call.spec for tensors in collect_state(spec, values[name])]
+        self.state_sizes = [len(tensors) for tensors in state]
+        self.tensors = [x for x in leaves if isinstance(x, torch.Tensor)] + [t for ts in state for t in ts]
+        places = enumerate(zip(self._versions, self.used, self.example, strict=True))
+        self.written = frozenset(i for i, (v, t, was) in places if _version(t) != v or relative_error(t, was) > 0)
+
+    def _settled(self) -> tuple[dict[str, Any], Any]:
+        """Run, once more if the first run changed the component (a lazily built table), until it changes no more."""
+        for _ in range(2):
+            before = fingerprint(self.module)
+            self.used = copies(self.example)
+            self._versions = [_version(t) for t in self.used]
+            torch.manual_seed(0)
+            drawn = torch.get_rng_state()
+            values, result = self._run(self.used)
+            self.draws = not torch.equal(drawn, torch.get_rng_state())
+            after = fingerprint(self.module)
+            if after == before:
+                return values, result
+        raise NotCompilable(f"every call changes the component: {difference(before, after)}")
+
+    def _run(self, leaves: Sequence[torch.Tensor]) -> tuple[dict[str, Any], Any]:
+        it = iter(leaves)
+        values = {name: rebuild(spec, it) for name, spec in self.call.spec}
+        return values, self.module.forward(**values)
+
+    def traceable(self) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """The same run as a function of tensors that returns a flat tuple of tensors."""
+        spec, paths, flags = self.call.spec, self.paths, self.flags
+        forward = self.module.forward
+
+        def component(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            it = iter(leaves)
+            values = {name: rebuild(s, it) for name, s in spec}
+            result = forward(**values)
+            flat = [_follow(result, path) for path in paths]
+            for path, expected in flags:  # a flag that depends on a size becomes a condition on that size
+                if bool(_follow(result, path)) != expected:
+                    raise NotCompilable("a flag in the result differs between two runs")
+            for name, s in spec:
+                for tensors in collect_state(s, values[name]):
+                    flat += tensors
+            return tuple(flat)
+
+        return component
+
+    def check(self, graph: CompiledGraph) -> float:
+        """Largest relative error of the graph on the example.
+
+        Raises:
+            NotCompilable: beyond the tolerance of the dtype.
+        """
+        leaves = copies(self.example)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            results = graph.run(leaves)
+        worst = 0.0
+        # Leaves that the component wrote into (a static cache) are results too.
+        for got, want in zip([*results, *leaves], [*self.tensors, *self.used], strict=True):
+            error = relative_error(got, want)
+            worst = max(worst, error)
+            if error > TOLERANCE.get(want.dtype, 0.0):
+                random = ", and it draws random numbers, which a compiled graph draws otherwise" if self.draws else ""
+                raise NotCompilable(f"the compiled graph differs from eager by {error:.2g} on its own example{random}")
+        return worst
+
+
+@contextmanager
+def preserved(module: torch.nn.Module) -> Iterator[None]:
+    """Inside the block, runs on synthetic tensors leave no trace: buffers and random numbers are as before after it."""
+    kept = [(t, t.detach().clone(), _version(t)) for t in compat.tensor_state(module)]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value, version in kept:
+                    if version is None or _version(tensor) != version:
+                        with torch.inference_mode(version is None):
+                            tensor.copy_(value)
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """max |got - want| / max(1, max |want|); infinite when shapes differ or only one has NaN somewhere."""
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return float("inf")
+    if want.numel() == 0:
+        return 0.0
+    a, b = _wide(got), _wide(want)
+    if not torch.equal(a.isnan(), b.isnan()):
+        return float("inf")
+    if not torch.equal(a.isinf(), b.isinf()) or not torch.equal(a[a.isinf()], b[b.isinf()]):
+        return float("inf")
+    finite = b.isfinite()
+    if not finite.any():
+        return 0.0
+    return float((a[finite] - b[finite]).abs().max().item() / max(1.0, b[finite].abs().max().item()))
+
+
+def _wide(t: torch.Tensor) -> torch.Tensor:
+    return t.detach().to(torch.complex128 if t.is_complex() else torch.float64)
+
+
+def _version(t: torch.Tensor) -> int | None:
+    """How often a tensor was written into; tensors of inference mode do not count."""
+    return None if t.is_inference() else t._version
+
+
+def _describe(leaf: Any, values: dict[str, Any]) -> tuple[Any, ...]:
+    if isinstance(leaf, torch.Tensor):
+        return ("tensor",)
+    for name, value in values.items():
+        if leaf is value and not isinstance(leaf, CONSTANTS):
+            return ("value", name)
+    if leaf is None or isinstance(leaf, (bool, str)):
+        return ("const", leaf)
+    raise NotCompilable(f"forward returns a {type(leaf).__name__}, which a graph cannot return")
+
+
+def _steps(path: Any) -> tuple[tuple[bool, Any], ...]:
+    """A pytree path as (is attribute, key) pairs, which Dynamo can follow."""
+    return tuple(
+        (True, k.name) if isinstance(k, pytree.GetAttrKey) else (False, getattr(k, "key", getattr(k, "idx", None)))
+        for k in path
+    )
+
+
+def _follow(value: Any, steps: tuple[tuple[bool, Any], ...]) -> Any:
+    for is_attribute, key in steps:
+        value = getattr(value, key) if is_attribute else value[key]
+    return value
