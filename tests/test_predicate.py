@@ -1,0 +1,109 @@
+"""Conditions on sizes: what a graph assumed, evaluated on the sizes of a call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from compile_policy.predicate import ShapeConditions
+from compile_policy.region import Region, RegionOptions, SignatureBinder
+
+
+def shapes(*sizes: tuple[int, ...]) -> list[torch.Tensor]:
+    return [torch.empty(s, device="meta") for s in sizes]
+
+
+def test_no_condition_accepts_every_call() -> None:
+    """A graph that assumed nothing holds for every size."""
+    accepts = ShapeConditions([])
+    assert accepts(shapes((0,), (5, 5))) and accepts.failing(shapes((3,))) == []
+
+
+def test_every_condition_must_hold_and_the_failing_ones_are_told() -> None:
+    """Conditions are a conjunction, in a form that people can read; repeated ones are kept once."""
+    accepts = ShapeConditions(["s[0][0] == s[1][0]", "s[0][1] >= 2", "s[0][0] == s[1][0]"])
+    assert accepts.conditions == ("s[0][0] == s[1][0]", "s[0][1] >= 2")
+    assert accepts(shapes((3, 2), (3,)))
+    assert not accepts(shapes((3, 2), (4,))) and not accepts(shapes((3, 1), (3,)))
+    assert accepts.failing(shapes((3, 1), (4,))) == ["s[0][0] == s[1][0]", "s[0][1] >= 2"]
+
+
+class Halves(nn.Module):
+    """Splits at half: assumes an even length."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = x.view(2, -1, x.shape[1])
+        return a + b
+
+
+class Branches(nn.Module):
+    """Does something else beyond eight rows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.shape[0] <= 8 else x * 3
+
+
+class Pads(nn.Module):
+    """Sizes under max, min and floor division."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        rows = max(x.shape[0], y.shape[0])
+        return x.new_zeros(rows // 2, 2) + min(x.shape[0], y.shape[0])
+
+
+def region(module: nn.Module, **dims: int) -> Region:
+    return Region(module, role="t", binder=SignatureBinder({n: {d: None} for n, d in dims.items()}), options=_EAGER)
+
+
+_EAGER = RegionOptions("eager")
+
+
+def test_a_size_branch_is_never_taken_wrongly() -> None:
+    """The branch taken in the trace becomes a condition; calls on the other side get a graph of their own."""
+    ours = region(Branches(), x=0)
+    for n in (2, 8, 9, 3, 30, 0, 1):
+        x = torch.ones(n, 2)
+        assert torch.equal(ours(x), Branches()(x)), n
+    assert ours.graphs == 2 and ours.fallback is None
+    (entries,) = ours.entries.values()
+    assert [e.graph.accepts([torch.ones(8, 2)]) for e in entries] == [True, False]
+    assert [e.graph.accepts([torch.ones(9, 2)]) for e in entries] == [False, True]
+
+
+def test_conditions_are_what_keeps_the_branch_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: with the conditions ignored, the same calls do give a wrong number."""
+    monkeypatch.setattr(ShapeConditions, "__call__", lambda self, leaves: True)
+    ours = region(Branches(), x=0)
+    ours(torch.ones(2, 2))
+    assert not torch.equal(ours(torch.ones(9, 2)), Branches()(torch.ones(9, 2)))
+
+
+def test_divisibility_is_a_condition() -> None:
+    """A component that splits in halves runs compiled for even sizes, and raises its own error for odd ones."""
+    ours = region(Halves(), x=0)
+    for n in (4, 2, 10):
+        x = torch.rand(n, 3)
+        assert torch.equal(ours(x), Halves()(x))
+    assert ours.fallback is None
+    graphs = ours.graphs
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        ours(torch.rand(5, 3))
+    assert torch.equal(ours(torch.ones(6, 3)), torch.full((3, 3), 2.0))
+    assert ours.graphs == graphs, "a call that cannot be right is not traced"
+
+
+def test_max_min_and_floor_division_of_sizes() -> None:
+    """Relations with max, min and // are evaluated as Python would."""
+    ours = region(Pads(), x=0, y=0)
+    for a, b in [(4, 6), (6, 4), (5, 5), (2, 9), (9, 2)]:
+        x, y = torch.ones(a, 2), torch.ones(b, 2)
+        assert torch.equal(ours(x, y), Pads()(x, y)), (a, b)
+
+
+def test_static_sizes_are_conditions_too() -> None:
+    """A dim without a label holds for the traced size only."""
+    ours = region(Branches(), x=0)
+    ours(torch.ones(4, 2))
+    (entry,) = next(iter(ours.entries.values()))
+    assert entry.graph.accepts(shapes((4, 2))) and not entry.graph.accepts(shapes((4, 3)))
