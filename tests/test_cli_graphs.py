@@ -86,7 +86,8 @@ def test_show(dumps: Path, run: Run) -> None:
 def test_show_other_files(dumps: Path, run: Run) -> None:
     """Generated code and bytecode are one option away."""
     entry = dumps / "one" / "component-net"
-    assert "async_compile" in run("show", entry, "--file", "output_code")
+    assert "cpp_fused" in run("show", entry, "--file", "kernels")
+    assert "torch.ops.aten." in run("show", entry, "--file", "lowered")
     assert "__compiled_fn" in run("show", entry, "--file", "bytecode")
     shown = json.loads(run("show", entry, "--file", "conditions", "--json"))
     assert "x.shape[1] == 8" in shown["text"]
@@ -139,7 +140,7 @@ def test_names_cannot_move_the_cursor(dumps: Path, run: Run) -> None:
         (["ls", "."], "is no dump"),
         (["show", "one", "component-nett"], "There are: component-net/entry-0, "),
         (["show", "one"], "fits several"),
-        (["show", "one", "component-net", "--file", "kernel"], "it has captured, conditions"),
+        (["show", "one", "component-net", "--file", "kernles"], "it has captured, conditions"),
         (["show", "one/component-net", "entry-0"], "names an entry already"),
         (["diff", "one", "two"], "fits several"),
         (["stats", "one", "--top", "0"], "--top"),

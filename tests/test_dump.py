@@ -14,7 +14,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch._inductor.config as inductor
 
+from compile_policy.config import CompilationConfig
 from compile_policy.errors import InputError
 from compile_policy.events import Event, listening
 from compile_policy.graphs import Dump, GraphDump, folder
@@ -70,8 +71,9 @@ def _region(dump: Any, *, backend: str = "aot_eager", qualname: str = "net", mod
     )
 
 
-def _run(region: Region, rows: int = 5) -> torch.Tensor:
-    with torch.no_grad(), region.options.dump.recording():
+def _run(region: Region, rows: int = 5, *, grad: bool = False) -> torch.Tensor:
+    dump = region.options.dump
+    with torch.set_grad_enabled(grad), dump.recording() if isinstance(dump, GraphDump) else nullcontext():
         return region(x=torch.arange(rows * 8.0).reshape(rows, 8) / 40)
 
 
@@ -148,26 +150,47 @@ def test_guards_and_conditions(tmp_path: Path) -> None:
     assert "x.shape[1] == 8" in (folder / "conditions.txt").read_text().splitlines()
 
 
-def test_kernels_are_written_also_from_the_cache(tmp_path: Path) -> None:
-    """Lowered graph and generated code are in the dump, when they are made and when a cache has them."""
+@pytest.mark.parametrize("grad", [False, True])
+def test_kernels(tmp_path: Path, grad: bool) -> None:
+    """Lowered graph, generated code and the operations in each kernel, with whatever lowers the graph."""
+    region = _region(GraphDump(tmp_path), backend="inductor")
+    _run(region, grad=grad)
+    (entry,) = Dump.open(tmp_path).entries
+    assert "torch.ops.aten." in entry.read("lowered")
+    assert "cpp_fused" in entry.read("kernels")
+    kernels = kernels_of(entry)
+    assert any(len(k.lowered) > 2 and "silu" in k.captured for k in kernels if k.generated)
+    assert "hidden" in {op for k in kernels if not k.generated for op in k.captured}
+    if grad:
+        assert {"aot_joint_graph", "aot_forward_graph", "aot_backward_graph"} <= set(entry.files)
+
+
+def test_kernels_that_a_cache_has(tmp_path: Path) -> None:
+    """When Inductor finds a graph in its cache, the dump is the same as when it was made."""
     net = Net(scale=random.SystemRandom().random()).eval()  # a constant that no cache has seen
     counters = torch._dynamo.utils.counters
     texts = []
     for name in ("first", "second"):
         before = counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
-        dump = GraphDump(tmp_path / name)
-        _run(_region(dump, backend="inductor", module=net))
+        _run(_region(GraphDump(tmp_path / name), backend="inductor", module=net), grad=True)
         (entry,) = Dump.open(tmp_path / name).entries
-        texts.append((entry.read("output_code"), entry.read("post_grad_graph"), entry.read("aot_inference_graph")))
+        texts.append({kind: entry.read(kind) for kind in ("kernels", "lowered", "aot_forward_graph", "provenance")})
         hits = counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
         assert (hits > before) == (name == "second")
     assert texts[0] == texts[1]
-    assert "def call(" in texts[0][0]
-    assert "torch.ops.aten." in texts[0][1]
-    assert "async_compile." in texts[0][0]
-    kernels = kernels_of(entry)
-    assert any(len(k.lowered) > 2 and "silu" in k.captured for k in kernels if k.generated)  # also from the cache
-    assert "hidden" in {op for k in kernels if not k.generated for op in k.captured}
+
+
+def test_origins_can_be_left_out(tmp_path: Path) -> None:
+    """Without origins Inductor's cache keys are those of a run without a dump; kernels still have names."""
+    net = Net(scale=random.SystemRandom().random()).eval()
+    _run(_region(None, backend="inductor", module=net), grad=True)
+    counters = torch._dynamo.utils.counters["inductor"]
+    before = counters["fxgraph_cache_hit"]
+    _run(_region(GraphDump(tmp_path, origins=False), backend="inductor", module=net), grad=True)
+    assert counters["fxgraph_cache_hit"] > before
+    (entry,) = Dump.open(tmp_path).entries
+    assert "provenance" not in entry.files
+    assert any(kernel.name.startswith("cpp_fused") for kernel in kernels_of(entry))
 
 
 # -- a dump never changes the run -------------------------------------------------------------------------------------
@@ -300,6 +323,14 @@ def test_recording_leaves_nothing_behind(tmp_path: Path) -> None:
         raise ZeroDivisionError
     assert (structured_trace().handlers, dict(hooks), inductor.trace.provenance_tracking_level) == before
     assert not list(tmp_path.iterdir())
+
+
+def test_configuration() -> None:
+    """``debug_dump_path`` is what asks for a dump."""
+    assert GraphDump.from_config(CompilationConfig()) is None
+    dump = GraphDump.from_config(CompilationConfig(debug_dump_path="dumps"))
+    assert dump is not None
+    assert dump.directory == Path("dumps")
 
 
 # -- names, limits, company -------------------------------------------------------------------------------------------

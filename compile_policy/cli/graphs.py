@@ -50,7 +50,7 @@ def show(
     context: typer.Context,
     directory: _Path,
     entry: _Entry = "",
-    file: Annotated[str, typer.Option("--file", help="Another file: bytecode, output_code, post_grad_graph...")] = "",
+    file: Annotated[str, typer.Option("--file", help="Another file: kernels, lowered, bytecode, conditions, ...")] = "",
     as_json: _Json = False,
 ) -> int:
     """Print the captured graph with the model's line beside each operation, or another file of the entry."""

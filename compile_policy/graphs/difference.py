@@ -70,7 +70,7 @@ def _sizes(shape: Any) -> str:
 
 def _facts(first: dict[str, Any], second: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Where the index says different things about the two."""
-    for what in ("backend", "inputs", "outputs", "conditions"):
+    for what in ("backend", "road", "inputs", "outputs", "conditions"):
         if first.get(what) != second.get(what):
             yield what, str(first.get(what)), str(second.get(what))
     for part in ("arguments", "modes", "structure"):

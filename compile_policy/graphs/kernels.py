@@ -10,8 +10,8 @@ from typing import Any
 from compile_policy.errors import InputError
 from compile_policy.graphs.reading import DumpedEntry
 
-_DEFINED = re.compile(r"^(\w+) = async_compile\.", re.M)
-_CALLED = re.compile(r"\b(extern_kernels\.\w+)\(")
+_DEFINED = re.compile(r"^(?:(\w+) = async_compile\.|extern \"C\"\s+void\s+(\w+)\()", re.M)
+_LIBRARY = ("extern_kernels.", "torch.ops.", "aten.", "aoti_torch_")
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,17 @@ class Kernel:
     @property
     def generated(self) -> bool:
         """Whether the code was generated; otherwise it is a library's."""
-        return not self.name.startswith(("extern_kernels.", "torch.ops.", "aten."))
+        return not self.name.startswith(_LIBRARY)
 
 
 def kernels_of(entry: DumpedEntry) -> list[Kernel]:
     """Kernels in the order of the generated code; none where nothing was generated."""
     if "provenance" in entry.files:
         return _with_origins(entry)
-    if "output_code" not in entry.files:
+    if not {"output_code", "aot_kernels"} & set(entry.files):
         return []
-    code = entry.read("output_code")
-    return [Kernel(name) for name in (*_DEFINED.findall(code), *_CALLED.findall(code))]
+    names = ("".join(found) for found in _DEFINED.findall(entry.read("kernels")))
+    return [Kernel(name) for name in names if name != "kernel"]  # what generated Python calls the C++ inside
 
 
 def _with_origins(entry: DumpedEntry) -> list[Kernel]:

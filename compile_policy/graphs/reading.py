@@ -11,6 +11,11 @@ from compile_policy.errors import InputError
 from compile_policy.graphs.folder import INDEX, SCHEMA
 
 _LARGEST = 512 * 1024 * 1024
+#: What stands for the first of several files that an entry has.
+ALIASES = {
+    "kernels": ("output_code", "aot_kernels"),
+    "lowered": ("post_grad_graph", "aot_inference_graph", "aot_forward_graph"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,12 @@ class DumpedEntry:
         return {str(kind): str(name) for kind, name in self.record.get("files", {}).items()}
 
     def read(self, kind: str) -> str:
-        """The text of one of the entry's files.
+        """The text of one of the entry's files, by its kind or an alias.
 
         Raises:
             InputError: the entry has no such file.
         """
-        name = self.files.get(kind)
+        name = next((self.files[k] for k in (kind, *ALIASES.get(kind, ())) if k in self.files), None)
         if name is None:
             known = ", ".join(self.files) or "nothing"
             notes = "; ".join(map(str, self.record.get("notes", [])))

@@ -28,6 +28,7 @@ def entry_record(region: Region, entry: Entry, example: dict[int, list[int]], op
             "module": module.__module__,
         },
         "backend": region.options.backend,
+        "road": str(getattr(entry.graph, "road", "jit")),
         "key": _key(entry),
         "arguments": _arguments(entry, example),
         "labels": _labels(entry, example),
