@@ -40,6 +40,17 @@ class Lowering(Protocol):
 
     def ahead(self, gm: torch.fx.GraphModule) -> bool: ...
 
+    def jit(self) -> Lowering:
+        """The road for what cannot be lowered ahead of time."""
+
+
+class AheadFault(Exception):
+    """Lowering ahead of time failed; ``reason`` says why."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
 
 @dataclass(frozen=True)
 class GuardRecord:
@@ -71,6 +82,7 @@ class CompiledGraph:
         guards: what Dynamo would have guarded on.
         readable: the captured graph as Python text with source comments.
         sources: per operation of the captured graph its name, target, shape and where the model wrote it.
+        why_jit: why a graph was not lowered ahead of time although that was tried; empty otherwise.
         native: the package, when lowered ahead of time; takes ``bound`` and then the leaves in ``order``.
     """
 
@@ -81,6 +93,7 @@ class CompiledGraph:
     guards: list[GuardRecord] = field(default_factory=list)
     readable: str = ""
     sources: list[dict[str, Any]] = field(default_factory=list)
+    why_jit: str = ""
     native: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None
     bound: list[torch.Tensor] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
@@ -107,7 +120,10 @@ class CompiledGraph:
         _reorder_inputs(gm, [*bound, *rest])
         self.bound = [a.tensor for a in (arguments[i] for i in bound) if a.tensor is not None]
         self.order = [arguments[i].leaf for i in rest]
-        self.native = lower_ahead(gm)
+        try:
+            self.native = lower_ahead(gm)
+        except Exception as error:
+            raise AheadFault(error) from error
 
 
 def _input(argument: Argument, leaves: Sequence[torch.Tensor]) -> Any:
@@ -131,6 +147,7 @@ class InductorJit:
 
     def __init__(self, backend: str, *, autotune: bool = False) -> None:
         self.backend = backend
+        self.autotune = autotune
         self.options = {"options": {"max_autotune": True}} if autotune and backend == "inductor" else {}
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -140,11 +157,18 @@ class InductorJit:
         return False
 
 
+    def jit(self) -> Lowering:
+        return self
+
+
 class AheadOfTime(InductorJit):
     """Native packages for graphs that AOTInductor can take, JIT for the others."""
 
     def ahead(self, gm: torch.fx.GraphModule) -> bool:
         return can_lower_ahead(gm)
+
+    def jit(self) -> Lowering:
+        return InductorJit(self.backend, autotune=self.autotune)
 
 
 def lower_with(backend: str, *, autotune: bool = False) -> Lowering:
@@ -157,17 +181,37 @@ def compile_call(
     leaves: list[torch.Tensor],
     labels: Sequence[Sequence[str | None]],
     lowering: Lowering,
+    on_capture: Callable[[], None] = lambda: None,
 ) -> CompiledGraph:
     """Capture ``fn(*leaves)`` as one graph and lower it.
+
+    A graph that was to be lowered ahead of time and cannot be is captured once more for the JIT.
 
     Args:
         fn: a pure function of the leaves (besides bound parameters), returning a flat tuple of tensors.
         leaves: the example; every label has one size >= 2 of its own.
         labels: per leaf and dim, the label, or ``None`` for a static dim.
+        on_capture: called before each capture, to count it.
 
     Raises:
         Exception: whatever capture or lowering raises; the caller decides what it means.
     """
+    try:
+        return _compile_once(fn, leaves, labels, lowering, on_capture)
+    except AheadFault as fault:
+        graph = _compile_once(fn, leaves, labels, lowering.jit(), on_capture)
+        graph.why_jit = fault.reason
+        return graph
+
+
+def _compile_once(
+    fn: Callable[..., tuple[torch.Tensor, ...]],
+    leaves: list[torch.Tensor],
+    labels: Sequence[Sequence[str | None]],
+    lowering: Lowering,
+    on_capture: Callable[[], None],
+) -> CompiledGraph:
+    on_capture()
     catcher = _Catcher(leaves, lowering)
     for leaf, names in zip(leaves, labels, strict=True):
         for dim, label in enumerate(names):
