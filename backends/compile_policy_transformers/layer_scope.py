@@ -25,7 +25,6 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
 from transformers.monkey_patching import (
-    apply_patches,
     get_patch_mapping,
     register_patch_mapping,
     unregister_patch_mapping,
@@ -89,9 +88,8 @@ def layer_scope(
             registered ones, which may be meant for other models, ``compile-policy layers ls`` tells.
 
     Raises:
-        LayerError: conflicting overrides, a class that is no subclass, a name that stands for several classes; nothing
-        is
-            changed then. After the block: a dead override (``strict``), or one whose state dict differs.
+        LayerError: conflicting overrides, a class that is no subclass, a name that stands for several classes;
+            nothing is changed then. After the block: a dead override (``strict``), or one whose state dict differs.
     """
     given = [Claim(target, cls, "model", "argument") for target, cls in (replacements or {}).items()]
     registered = [c for c in registered_claims() if c.where == "model"] if plugins else []
@@ -102,7 +100,7 @@ def layer_scope(
             stack.enter_context(_restored(scope.applied))
             register_patch_mapping(names)
             stack.callback(unregister_patch_mapping, list(names))
-            stack.enter_context(apply_patches())
+            _patch(scope.applied)
             stack.enter_context(_counting(scope))
             yield scope
     if any(not issubclass(claim.cls, target) for target, claim in scope.applied.items()):
@@ -147,13 +145,20 @@ def _modules() -> list[ModuleType]:
     return [m for n, m in list(sys.modules.items()) if n.startswith("transformers") and isinstance(m, ModuleType)]
 
 
+def _patch(applied: Mapping[type, Claim]) -> None:
+    """For models that are built directly. `from_pretrained` and `from_config` apply the mapping themselves."""
+    for target, claim in applied.items():
+        for module in _modules():
+            if vars(module).get(target.__name__) is target:
+                setattr(module, target.__name__, claim.cls)
+
+
 @contextmanager
 def _restored(applied: Mapping[type, Claim]) -> Iterator[None]:
     """Put every patched name and recorder back, whatever happened inside.
 
-    `apply_patches` has no ``finally``, nor does it know of modules that were first imported while classes were
-    replaced. What it does to output recorders it does to the classes, for good. Drop this once it restores all three
-    itself.
+    Transformers' `apply_patches` has no ``finally``, nor does it know of modules first imported while classes were
+    replaced. What it does to output recorders is done to the classes, for good. Drop this once it restores all three.
     """
     recorders = [(table, _copied(table)) for table in _recorder_tables()]
     back = {claim.cls: target for target, claim in applied.items()}
@@ -226,7 +231,8 @@ def _counting(scope: LayerScope) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-        gc.collect()  # a model that is only looked at may hold itself alive
+        if len(scope.models) > 1:
+            gc.collect()  # a model that was only looked at may hold itself alive
         for module in seen:
             scope.counts[qualified(targets[type(module)])] += 1
             count_built(targets[type(module)], type(module))
