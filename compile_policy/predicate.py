@@ -23,6 +23,8 @@ _IGNORABLE_ORIGINS = (
     "in matmul)",
     # The packed projection of nn.MultiheadAttention asks whether a transposed tensor has to be copied.
     "in _in_projection_packed)",
+    # Convolution chooses its kernel by the batch (16 or more goes to oneDNN); each gives the same result and layout.
+    "in conv)",
 )
 _FUNCTIONS: dict[str, Any] = {"Max": max, "Min": min, "floor": lambda x: int(x // 1)}
 
