@@ -174,16 +174,21 @@ class DecoderBinder:
             if any(mask is None for mask in given.values()):
                 made = self._created(None, embeds, cache)
                 given = {name: made.get(name) if mask is None else mask for name, mask in given.items()}
-            return {name: _arranged(mask, cache, sliding=name in _SLIDING) for name, mask in given.items()}
+            return _each_arranged(given, cache)
         if given is not None and not (isinstance(given, torch.Tensor) and given.dim() == 2):
             raise NotCompilable(f"an attention mask of type {type(given).__name__} with an unknown layout")
         made = self._created(given, embeds, cache)
         if isinstance(made, Mapping):
-            return {name: _arranged(mask, cache, sliding=name in _SLIDING) for name, mask in made.items()}
+            return _each_arranged(made, cache)
         return _arranged(made, cache, sliding=_all_sliding(cache))
 
     def _created(self, mask: torch.Tensor | None, embeds: torch.Tensor, cache: Cache | None) -> Any:
         return create_masks_for_generate(self.mask_config, embeds, mask, cache)
+
+
+def _each_arranged(masks: Mapping[str, Any], cache: Cache | None) -> dict[str, Any]:
+    """In one order: Transformers builds the mapping from a set, and its order is no difference between calls."""
+    return {name: _arranged(masks[name], cache, sliding=name in _SLIDING) for name in sorted(masks)}
 
 
 def _arranged(mask: Any, cache: Cache | None, *, sliding: bool) -> Any:
