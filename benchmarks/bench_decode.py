@@ -1,0 +1,154 @@
+"""Greedy decoding through ``generate()``: the policy beside eager and the ways in which people compile today.
+
+    python benchmarks/bench_decode.py [--layers 8] [--hidden 256] [--tokens 64] [--rounds 7] [--write]
+
+Every contender has its own copy of one random Llama and answers the same prompts; rounds are interleaved, so that a
+machine that slows down slows all of them. Reported: CPU milliseconds a token (median of the rounds), the ratio to
+eager in the same run, the seconds that the first answer took, and how many graphs Dynamo made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from results import write_section
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+
+import compile_policy
+
+PROMPTS = (40, 57, 23)
+
+
+@dataclass
+class Contender:
+    """One way to run the model."""
+
+    name: str
+    model: PreTrainedModel
+    arguments: dict[str, Any] = field(default_factory=dict)
+    first: float = 0.0
+    graphs: int = 0
+    seconds: list[float] = field(default_factory=list)
+    equal: bool = True
+
+
+def build(layers: int, hidden: int) -> PreTrainedModel:
+    """A random Llama; heads of 32 (64 from a hidden size of 1024 on), feed-forward 2.75 times as wide."""
+    heads = hidden // (64 if hidden >= 1024 else 32)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=2048,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def regional(model: PreTrainedModel) -> None:
+    from accelerate.utils import compile_regions
+
+    model.model = compile_regions(model.model, dynamic=True)
+
+
+def contenders(model: PreTrainedModel, cache: str) -> list[Contender]:
+    """Eager first; the policy second; then the peers that take this kind of cache."""
+
+    def made(name: str, prepare: Callable[[PreTrainedModel], Any], **arguments: Any) -> Contender:
+        own = copy.deepcopy(model)
+        prepare(own)
+        return Contender(name, own, arguments)
+
+    rows = [
+        made("eager", lambda m: None),
+        made("compile-policy", lambda m: compile_policy.apply(m)),
+        made("decoder.compile(dynamic=True)", lambda m: m.model.compile(dynamic=True)),
+        made("accelerate compile_regions", regional),
+    ]
+    if cache == "static":
+        everywhere = CompileConfig()
+        everywhere._compile_all_devices = True
+        rows.append(made("generate's own compile", lambda m: None, compile_config=everywhere))
+    return rows
+
+
+def run(contender: Contender, ids: torch.Tensor, cache: str, tokens: int) -> torch.Tensor:
+    arguments = dict(contender.arguments)
+    if cache == "static":
+        arguments["past_key_values"] = StaticCache(contender.model.config, max_cache_len=256)
+    return contender.model.generate(
+        ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, **arguments
+    )
+
+
+def measure(rows: list[Contender], cache: str, tokens: int, rounds: int) -> None:
+    prompts = [torch.randint(0, 500, (1, n), generator=torch.Generator().manual_seed(n)) for n in PROMPTS]
+    wanted = [run(rows[0], ids, cache, tokens) for ids in prompts]
+    for row in rows:
+        before = counters["stats"]["unique_graphs"]
+        started = time.perf_counter()
+        answers = [run(row, prompts[0], cache, tokens)]
+        row.first = time.perf_counter() - started
+        answers += [run(row, ids, cache, tokens) for ids in prompts[1:]]
+        row.graphs = counters["stats"]["unique_graphs"] - before
+        row.equal = all(torch.equal(a, b) for a, b in zip(answers, wanted, strict=True))
+    for _ in range(rounds):
+        for row in rows:
+            started = time.process_time()
+            run(row, prompts[0], cache, tokens)
+            row.seconds.append(time.process_time() - started)
+
+
+def table(rows: list[Contender], cache: str, tokens: int) -> list[str]:
+    lines = [
+        f"| {cache} cache | ms a token | x eager | first answer, s | graphs | tokens equal |",
+        "|---|---|---|---|---|---|",
+    ]
+    eager = statistics.median(rows[0].seconds)
+    for row in rows:
+        median = statistics.median(row.seconds)
+        lines.append(
+            f"| {row.name} | {median / tokens * 1e3:.2f} | {eager / median:.2f} | {row.first:.1f} | {row.graphs} | "
+            f"{'yes' if row.equal else 'NO'} |"
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("layers", 8), ("hidden", 256), ("tokens", 64), ("rounds", 7)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--write", action="store_true", help="replace the section in benchmarks/RESULTS.md")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch._dynamo.config.recompile_limit = 64  # contenders share code objects, and with them the limit
+    model = build(options.layers, options.hidden)
+    lines = [
+        f"{options.layers} layers, hidden {options.hidden}, {options.tokens} tokens, one thread, CPU, float32, torch "
+        f"{torch.__version__}; median of {options.rounds} interleaved rounds.",
+        "",
+    ]
+    for cache in ("dynamic", "static"):
+        rows = contenders(model, cache)
+        measure(rows, cache, options.tokens, options.rounds)
+        lines += [*table(rows, cache, options.tokens), ""]
+        print("\n".join(lines), flush=True)
+    if options.write:
+        write_section(f"decode-{options.layers}x{options.hidden}", "Decoding through generate()", "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
