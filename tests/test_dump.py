@@ -14,7 +14,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from compile_policy.graphs import Dump, GraphDump, folder
 from compile_policy.graphs.compat import structured_trace
 from compile_policy.graphs.kernels import kernels_of
 from compile_policy.graphs.text import file_name
+from compile_policy.options import region_options
 from compile_policy.region import Region, RegionOptions, SignatureBinder
 from compile_policy_transformers.decoder import DecoderBinder
 from compile_policy_transformers.tiny import tiny_inputs, tiny_model
@@ -72,8 +73,7 @@ def _region(dump: Any, *, backend: str = "aot_eager", qualname: str = "net", mod
 
 
 def _run(region: Region, rows: int = 5, *, grad: bool = False) -> torch.Tensor:
-    dump = region.options.dump
-    with torch.set_grad_enabled(grad), dump.recording() if isinstance(dump, GraphDump) else nullcontext():
+    with torch.set_grad_enabled(grad):
         return region(x=torch.arange(rows * 8.0).reshape(rows, 8) / 40)
 
 
@@ -130,7 +130,8 @@ def test_index_describes_the_entry(tmp_path: Path) -> None:
     (entry,) = [e for found in region.entries.values() for e in found]
     assert record["component"] == {"role": "component", "qualname": "net", "cls": "Net", "module": __name__}
     assert record["key"]["arguments"] == {"x": "tensor"}
-    assert record["key"]["modes"] == {"grad": False, "inference": False, "training": False, "autocast": False}
+    modes = record["key"]["modes"]
+    assert (modes["grad mode"], modes["training flag"], modes["autocast"]) == (False, False, False)
     (argument,) = record["arguments"]
     assert argument["dims"] == ["rows", 8]
     assert argument["dynamic"] == {"0": "rows"}
@@ -209,12 +210,10 @@ def test_generation_is_the_same(tmp_path: Path) -> None:
     model = tiny_model("llama")
     inputs = tiny_inputs(model, text_len=5)
     eager = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    dump = GraphDump(tmp_path)
-    options = RegionOptions(backend="aot_eager", on_fault="error", dump=dump)
+    options = RegionOptions(backend="aot_eager", on_fault="error", dump=GraphDump(tmp_path))
     region = Region(model.model, role="decoder", qualname="model", binder=DecoderBinder(model.model), options=options)
     region.attach()
-    with dump.recording():
-        assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), eager)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), eager)
     assert region.graphs == 1
     (entry,) = Dump.open(tmp_path).entries
     text = entry.read("captured")
@@ -325,12 +324,14 @@ def test_recording_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_configuration() -> None:
+def test_configuration(tmp_path: Path) -> None:
     """``debug_dump_path`` is what asks for a dump."""
-    assert GraphDump.from_config(CompilationConfig()) is None
-    dump = GraphDump.from_config(CompilationConfig(debug_dump_path="dumps"))
-    assert dump is not None
-    assert dump.directory == Path("dumps")
+    assert region_options(CompilationConfig()).dump is None
+    options = region_options(CompilationConfig(debug_dump_path=tmp_path, backend="aot_eager"))
+    region = _region(None)
+    region.options = options
+    _unharmed(region)
+    assert [entry.component for entry in Dump.open(tmp_path).entries] == ["component net"]
 
 
 # -- names, limits, company -------------------------------------------------------------------------------------------

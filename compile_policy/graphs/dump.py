@@ -17,7 +17,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from compile_policy.config import CompilationConfig
 from compile_policy.entry import Entry
 from compile_policy.events import emit
 from compile_policy.graphs.bytecode import decompile, disassemble
@@ -58,11 +57,6 @@ class GraphDump:
         self._run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
         self._recorded = threading.local()
         self._failures: set[str] = set()
-
-    @classmethod
-    def from_config(cls, config: CompilationConfig) -> GraphDump | None:
-        """The dump that a configuration asks for, if it does."""
-        return None if config.debug_dump_path is None else cls(config.debug_dump_path)
 
     @contextmanager
     def recording(self) -> Iterator[None]:

@@ -45,13 +45,11 @@ def entry_record(region: Region, entry: Entry, example: dict[int, list[int]], op
 
 def _key(entry: Entry) -> dict[str, Any]:
     """The call key in words."""
-    spec, _, *extra = entry.call.key
-    modes = extra[0] if extra and isinstance(extra[0], tuple) and len(extra[0]) == 4 else None
-    names = ("grad", "inference", "training", "autocast")
+    spec, _, modes, structure = entry.call.key
     return {
         "arguments": {name: spelled(part) for name, part in spec},
-        "modes": {n: _plain(m) if m else False for n, m in zip(names, modes, strict=True)} if modes else {},
-        "structure": str(extra[1]) if len(extra) > 1 else "",
+        "modes": {str(name): _plain(value) if value != () else False for name, value in modes},
+        "structure": str(structure),
     }
 
 
