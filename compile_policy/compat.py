@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch._inductor
 from torch._guards import TracingContext
-from torch._inductor.package import package_aoti
+from torch._inductor.package.package import package_aoti
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 from torch.utils._device import DeviceContext
@@ -126,13 +126,15 @@ def write_package(gm: torch.fx.GraphModule, inputs: tuple[Any, ...], path: str, 
 
     The documented way goes through ``torch.export``, which would trace the graph a second time.
     """
-    files = torch._inductor.aot_compile(gm, inputs, options=options)
+    files: Any = torch._inductor.aot_compile(gm, inputs, options=options)
     package_aoti(path, files)
 
 
-def load_package(path: str) -> Any:
+def load_package(path: str) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
     """A package as a function of a list of tensors, which it empties; without the pytree layer of the public loader."""
-    return torch._C._aoti.AOTIModelPackageLoader(path, "model", False, 1, -1).boxed_run
+    loader: Any = torch._C._aoti.AOTIModelPackageLoader(path, "model", False, 1, -1)
+    run: Callable[[list[torch.Tensor]], list[torch.Tensor]] = loader.boxed_run
+    return run
 
 
 def modes() -> tuple[tuple[str, Any], ...]:

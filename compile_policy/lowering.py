@@ -238,7 +238,7 @@ def _compile_once(
 def _capture_settings() -> Iterator[None]:
     """Integers and floats are constants of the trace, sizes are symbols that are never assumed to be 0 or 1."""
     with ExitStack() as stack:
-        stack.enter_context(torch._dynamo.config.patch(specialize_int=True, specialize_float=True))  # type: ignore[no-untyped-call]
+        stack.enter_context(torch._dynamo.config.patch(specialize_int=True, specialize_float=True))
         stack.enter_context(fx_config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
         yield
 

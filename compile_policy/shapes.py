@@ -171,7 +171,8 @@ def _one(cls: type, name: str, spec: DimSpec) -> dict[int, str | None]:
 
 
 def _forward(cls: type) -> Callable[..., Any]:
-    return inspect.unwrap(typing.cast(Callable[..., Any], getattr(cls, "forward")))  # noqa: B009
+    forward: Callable[..., Any] = inspect.unwrap(cls.__dict__.get("forward") or getattr(cls, "forward"))  # noqa: B009
+    return forward
 
 
 def _parameters(cls: type) -> list[str]:

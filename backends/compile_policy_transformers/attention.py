@@ -144,7 +144,8 @@ def varlen_attention(
 
 def _batched(x: torch.Tensor, count: int, length: int) -> torch.Tensor:
     """(1, heads, count * length, dim) -> (count, heads, length, dim)."""
-    return x[0].unflatten(1, (count, length)).transpose(0, 1)
+    split: torch.Tensor = x[0].unflatten(1, (count, length))
+    return split.transpose(0, 1)
 
 
 @varlen_attention.register_fake

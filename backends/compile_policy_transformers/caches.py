@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.cache_utils import (
@@ -22,7 +22,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from compile_policy.call_key import Leaves, register_adapter
+from compile_policy.adapters import Leaves, register_adapter
 from compile_policy.errors import NotCompilable
 
 #: Labels of the dims that vary. A full dynamic layer and a sliding one hold different lengths.
@@ -65,6 +65,8 @@ class _TracedSliding(DynamicLayer):
     """
 
     is_sliding = True
+    keys: torch.Tensor
+    values: torch.Tensor
     in_place: bool
     select: torch.Tensor
 
@@ -128,7 +130,7 @@ def initialise(cache: Cache, shapes: Sequence[LayerShape | None], batch: int, de
         while len(cache.layers) < len(shapes):
             cache.layers.append(cache.layer_class_to_replicate())
     for layer, shape in zip(cache.layers, shapes, strict=False):
-        if shape is None or layer.is_initialized or isinstance(layer, DummyLayer):
+        if shape is None or isinstance(layer, DummyLayer) or cast(Any, layer).is_initialized:
             continue
         keys = _empty(batch, shape.heads, shape.key_dim, shape.dtype, device)
         values = _empty(batch, shape.heads, shape.value_dim, shape.dtype, device)
@@ -147,10 +149,11 @@ def needs_initialisation(cache: Cache) -> bool:
     Raises:
         NotCompilable: a layer that holds no keys and values, such as the state of linear attention.
     """
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers
+    for layer in layers:
         if not hasattr(layer, "is_initialized"):
             raise _unknown(layer)
-    return cache.layer_class_to_replicate is not None or not all(layer.is_initialized for layer in cache.layers)
+    return cache.layer_class_to_replicate is not None or not all(layer.is_initialized for layer in layers)
 
 
 def layer_shapes(cache: Cache) -> list[LayerShape | None]:
@@ -171,7 +174,7 @@ def _unknown(layer: Any) -> NotCompilable:
 
 class _CacheAdapter:
     def flatten(self, value: CacheCall, out: Leaves, path: str) -> Any:
-        cache = value.cache
+        cache: Any = value.cache  # Transformers types layers as a union of what they may be
         if cache.offloading:
             raise NotCompilable("the cache is offloaded", remedy="Use a cache that stays on the device.")
         selects: dict[tuple[str, int, int], int] = {}
@@ -217,7 +220,7 @@ class _CacheAdapter:
 
     def rebuild(self, spec: Any, leaves: Iterator[torch.Tensor]) -> Cache:
         cls, layer_specs, n_selects = spec
-        cache = object.__new__(cls)
+        cache: Any = object.__new__(cls)
         cache.layers = [_rebuild_layer(s, leaves) for s in layer_specs]
         cache.layer_class_to_replicate = None
         cache.offloading = False
@@ -225,19 +228,20 @@ class _CacheAdapter:
         for s, layer in zip(layer_specs, cache.layers, strict=True):
             if s[0] in ("sliding", "static_sliding"):
                 layer.select = selects[s[1]]
-        return cache
+        return cast(Cache, cache)
 
     def state(self, spec: Any, value: Cache) -> list[torch.Tensor]:
         return [
             t
-            for s, layer in zip(spec[1], value.layers, strict=True)
+            for s, layer in zip(spec[1], cast(Any, value).layers, strict=True)
             if s[0] in ("dynamic", "sliding")
             for t in (layer.keys, layer.values)
         ]
 
     def write_back(self, spec: Any, value: CacheCall, state: list[torch.Tensor]) -> None:
         tensors = iter(state)
-        for s, layer in zip(spec[1], value.cache.layers, strict=True):
+        layers: Any = value.cache.layers
+        for s, layer in zip(spec[1], layers, strict=True):
             kind = s[0]
             if kind == "dynamic":
                 layer.keys, layer.values = next(tensors), next(tensors)
@@ -264,7 +268,7 @@ def _rebuild_layer(spec: tuple[Any, ...], leaves: Iterator[torch.Tensor]) -> Any
         "static": StaticLayer,
         "static_sliding": _TracedSliding,
     }[kind]
-    layer = object.__new__(cls)
+    layer: Any = object.__new__(cls)
     layer.keys, layer.values = next(leaves), next(leaves)
     layer.is_initialized = True
     layer.dtype, layer.device = layer.keys.dtype, layer.keys.device

@@ -33,9 +33,10 @@ class DecoderBinder:
     """Binds calls of one decoder instance."""
 
     def __init__(self, decoder: torch.nn.Module) -> None:
-        self.config: Any = decoder.config
+        config: Any = decoder.config
+        self.config = config
         compat.install_output_capturing(decoder)
-        self.mask_config = copy.copy(self.config)
+        self.mask_config: Any = copy.copy(config)
         self.mask_config._attn_implementation_internal = attention.DECODER
         self.parameters = inspect.signature(decoder.forward).parameters
         self.shapes: list[caches.LayerShape | None] | None = None
@@ -103,7 +104,8 @@ class DecoderBinder:
 
     @staticmethod
     def _embeds(module: torch.nn.Module, values: dict[str, Any]) -> torch.Tensor:
-        ids, embeds = values.pop("input_ids", None), values.get("inputs_embeds")
+        ids = values.pop("input_ids", None)
+        embeds: torch.Tensor | None = values.get("inputs_embeds")
         if embeds is None:
             if ids is None:
                 raise NotCompilable("neither input_ids nor inputs_embeds were given")

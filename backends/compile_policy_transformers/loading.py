@@ -69,4 +69,4 @@ def config_of(name: str | None) -> PreTrainedConfig:
     """The model configuration behind a name as `load_model` takes it."""
     if name is not None and name.startswith(_TINY):
         return tiny_config(name.removeprefix(_TINY))
-    return AutoConfig.from_pretrained(str(EMBEDDED) if name is None else name)
+    return cast(PreTrainedConfig, AutoConfig.from_pretrained(str(EMBEDDED) if name is None else name))
