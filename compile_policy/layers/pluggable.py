@@ -114,9 +114,8 @@ class Layer(nn.Module, metaclass=LayerMeta):
     ) -> Any:
         """Class decorator: build the decorated class wherever a layer is asked for.
 
-        ``@InTree.register_oot``, with or without arguments, overrides ``InTree``. On the base class,
-        ``@PluggableLayer.register_oot(name=...)`` names the layer, which need not exist yet: by its registered name,
-        its class name or ``module:Class``.
+        ``@InTree.register_oot`` overrides ``InTree``. ``@PluggableLayer.register_oot(name=...)`` names the layer, which
+        need not exist yet: by its registered name, its class name or ``module:Class``.
 
         Args:
             name: the layer, when ``cls`` is not the layer itself.
@@ -139,8 +138,8 @@ class Layer(nn.Module, metaclass=LayerMeta):
             if not isinstance(override, type):
                 raise TypeError("register_oot decorates classes.")
             target: type | str = name if is_base and name is not None else cls
-            origin = origin_of(override)
-            registry.add_claims([Claim(target, override, "layer", origin, priority, state_dict_compatible)])
+            claim = Claim(target, override, "layer", origin_of(override), priority, state_dict_compatible)
+            registry.add_claims([claim])
             return override
 
         return decorate if layer_cls is None else decorate(layer_cls)
