@@ -6,6 +6,7 @@ of the model is a model without policy.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,9 +16,12 @@ import torch
 
 from compile_policy.backend import find_backend
 from compile_policy.config import CompilationConfig
+from compile_policy.errors import PolicyWarning
 from compile_policy.plan import ComponentReport, Plan, Report
 from compile_policy.region import Region, region_of
 
+#: Fields that are accepted and do nothing yet.
+RESERVED = ("splitting_ops", "cache_dir", "verify_calls")
 M = TypeVar("M", bound=torch.nn.Module)
 _plans: weakref.WeakKeyDictionary[torch.nn.Module, Plan] = weakref.WeakKeyDictionary()
 
@@ -34,9 +38,19 @@ def load_model(name: str | None = None, *, config: CompilationConfig | None = No
         PolicyError: the model cannot be loaded, or cannot do what the configuration asks.
     """
     backend = find_backend()
+    config = config or CompilationConfig()
+    warn_of_reserved(config)
     model = backend.load_model(name, config=config, **kwargs)
-    _plans[model] = backend.apply(model, config or CompilationConfig())
+    _plans[model] = backend.apply(model, config)
     return model
+
+
+def warn_of_reserved(config: CompilationConfig) -> None:
+    """Say of every field that was set and has no effect that it has none."""
+    for name in RESERVED:
+        if config.origin(name) != "default":
+            message = f"{name} ({config.origin(name)}) has no effect in this version. Leave it out to silence this."
+            warnings.warn(message, PolicyWarning, stacklevel=3)
 
 
 def apply(model: M, config: CompilationConfig | None = None) -> M:
@@ -46,7 +60,9 @@ def apply(model: M, config: CompilationConfig | None = None) -> M:
         UnsupportedModelError: the configuration asks for something that this model doesn't have.
     """
     remove(model)
-    _plans[model] = find_backend().apply(model, config or CompilationConfig())
+    config = config or CompilationConfig()
+    warn_of_reserved(config)
+    _plans[model] = find_backend().apply(model, config)
     return model
 
 

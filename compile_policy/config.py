@@ -53,7 +53,10 @@ class CompilationConfig(BaseModel):
     """False: the policy leaves the model alone. ``COMPILE_POLICY_DISABLE=1`` sets this, whatever other sources say."""
 
     mode: int = Field(default=2, ge=0, le=3)
-    """Optimisation level, also spelled ``-O0`` to ``-O3``: 0 eager, 1 blocks, 2 whole components, 3 autotuned."""
+    """Optimisation level, also spelled ``-O0`` to ``-O3``: 0 eager, 1 and 2 whole components, 3 autotuned kernels.
+
+    Level 1 is meant for blocks alone, with the model's own Python around them; that is not built yet.
+    """
 
     backend: Literal["inductor", "aot_eager", "eager"] = "inductor"
     """What lowers a captured graph. The two eager ones run the graph as it was captured, which helps to find faults."""
@@ -68,13 +71,13 @@ class CompilationConfig(BaseModel):
     """Which custom operators are on: ``all`` or ``none``, then ``+name`` and ``-name`` as exceptions."""
 
     splitting_ops: list[str] = Field(default_factory=list)
-    """Operators at which a captured graph is cut into pieces."""
+    """Operators at which a captured graph is cut into pieces. Reserved: no effect yet, and setting it warns."""
 
     debug_dump_path: _OptionalPath = None
     """Directory for graphs written for people; ``None`` writes none."""
 
     cache_dir: _OptionalPath = None
-    """Directory for artifacts; ``None`` is the user's cache directory."""
+    """Directory for artifacts. Reserved: no effect yet, and setting it warns."""
 
     on_fault: Literal["eager", "error"] = "eager"
     """What a failed compile does: run the component eager, or raise `CompileFault`."""
@@ -86,7 +89,7 @@ class CompilationConfig(BaseModel):
     """What happens beyond the budget: new calls run eager, raise `BudgetExceeded`, or compile with a warning."""
 
     verify_calls: float = Field(default=0.0, ge=0)
-    """Reserved for the sentinel: a number of calls (1 or more), or a rate (below 1), to compare with eager."""
+    """A number of calls (1 or more), or a rate (below 1), to compare with eager. Reserved: no effect yet, warns."""
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
