@@ -71,6 +71,14 @@ def test_ls(dumps: Path, run: Run) -> None:
     assert [entry["component"]["cls"] for entry in entries] == ["Gated", "Gated"]
 
 
+def test_narrow_screens(dumps: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no room for a table, no name is broken."""
+    monkeypatch.setenv("COLUMNS", "60")
+    assert "component-net/entry-0" in run("ls", dumps / "one").splitlines()
+    assert "component-net/entry-0: result = softmax [" in run("find", dumps / "one", "softmax")
+    assert "gate = self.act(self.linear(x))" in run("show", dumps / "one", "component-net")
+
+
 def test_show(dumps: Path, run: Run) -> None:
     """The captured graph has the model's line beside each operation; an entry may be named in three ways."""
     out = run("show", dumps / "one", "component-net/entry-0")
@@ -130,7 +138,8 @@ def test_names_cannot_move_the_cursor(dumps: Path, run: Run) -> None:
     """Escapes and markup in a component's name come out as text."""
     for out in (run("ls", dumps / "one"), run("stats", dumps / "one"), run("find", dumps / "one", "tanh")):
         assert "\x1b" not in out
-    assert "\x1b" not in run("show", dumps / "one", "component-_31mother_b")
+    other = json.loads(run("ls", dumps / "one", "--json"))["entries"][1]["id"]
+    assert "\x1b" not in run("show", dumps / "one", other)
 
 
 @pytest.mark.parametrize(

@@ -362,6 +362,12 @@ def test_file_names(name: str) -> None:
     assert file_name(name + "!") != safe
 
 
+def test_ordinary_names_are_kept() -> None:
+    """A component's folder says which one it is."""
+    assert file_name("decoder model.language_model") == "decoder-model.language_model"
+    assert file_name("encoder[image] model.visual") == "encoder-image-model.visual"
+
+
 def test_size_limit(tmp_path: Path) -> None:
     """What exceeds the limit is left out and noted in the index; the entry and the run are whole."""
     _unharmed(_region(GraphDump(tmp_path, max_bytes=3000)))

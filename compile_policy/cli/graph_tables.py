@@ -7,6 +7,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -16,31 +17,38 @@ from compile_policy.graphs.search import Hit
 from compile_policy.graphs.stats import Stats, code_of, line_of
 
 _COMMENT = "  # "
+_NUMBERS = ("count", "ops", "inputs", "seconds", "lowered operations in it", "captured operations")
 _LONG_TABLE = 110  # columns that a table with a column of sentences needs
 
 
 def print_entries(console: Console, records: Sequence[Mapping[str, Any]]) -> None:
     """One row an entry; runs only where there are several."""
     runs = len({record.get("run") for record in records}) > 1
-    wide = console.width >= _LONG_TABLE
-    table = _table()
-    table.add_column("entry", overflow="fold")
-    table.add_column("class", no_wrap=True)
-    for title in ("ops", "inputs", "seconds"):
-        table.add_column(title, justify="right", no_wrap=True)
-    if wide:
-        table.add_column("dynamic dims", overflow="fold")
-    if runs:
-        table.add_column("run", no_wrap=True)
-    for record in records:
-        cells = [record.get("id"), record.get("component", {}).get("cls"), record.get("ops")]
-        cells += [sum(record.get("inputs", {}).values()), f"{record.get('seconds', 0.0):.1f}"]
-        cells += [dynamic_dims(record)] if wide else []
-        table.add_row(*(Text(clean(str(cell))) for cell in [*cells, *([record.get("run")] if runs else [])]))
-    console.print(table)
-    if not wide:
+    if console.width < _LONG_TABLE:
         for record in records:
-            console.print(Text(clean(f"{record.get('id')}: {dynamic_dims(record)}")))
+            _print_entry(console, record, runs)
+        return
+    table = _table("entry", "class", "ops", "inputs", "seconds", "dynamic dims", *["run"][:runs])
+    for record in records:
+        cells = [record.get("id"), *_brief(record), dynamic_dims(record), *[record.get("run")][:runs]]
+        table.add_row(*(Text(clean(str(cell))) for cell in cells))
+    console.print(table)
+
+
+def _print_entry(console: Console, record: Mapping[str, Any], runs: bool) -> None:
+    """Where there is no room for a table."""
+    cls, ops, inputs, seconds = _brief(record)
+    console.print(Text(clean(str(record.get("id"))), style="bold"))
+    said = [f"{cls}: {ops} ops, {inputs} inputs, {seconds} s", f"dynamic: {dynamic_dims(record)}"]
+    for line in [*said, *[f"run {record.get('run')}"][:runs]]:
+        console.print(Padding(Text(clean(line)), (0, 0, 0, 2), expand=False))
+
+
+def _brief(record: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """Class, operations, inputs, seconds."""
+    inputs = sum(record.get("inputs", {}).values())
+    component = record.get("component", {})
+    return str(component.get("cls")), str(record.get("ops")), str(inputs), f"{record.get('seconds', 0.0):.1f}"
 
 
 def dynamic_dims(record: Mapping[str, Any]) -> str:
@@ -96,9 +104,11 @@ def _print_counts(console: Console, title: str, counts: Mapping[str, int], top: 
 
 def print_hits(console: Console, hits: Sequence[Hit]) -> None:
     """One row an operation."""
-    table = _table()
-    for title in ("entry", "name", "op", "shape", "line of the model"):
-        table.add_column(title, overflow="fold")
+    if console.width < _LONG_TABLE:
+        for hit in hits:
+            console.print(Text(clean(f"{hit.entry}: {_said(hit.op)}")), soft_wrap=True)
+        return
+    table = _table("entry", "name", "op", "shape", "line of the model")
     for hit in hits:
         cells = (
             hit.entry,
@@ -130,8 +140,11 @@ def _print_change(console: Console, change: Change) -> None:
     console.print(Text(f"@ operation {change.position}", style="cyan"))
     for sign, ops, style in (("-", change.removed, "red"), ("+", change.added, "green")):
         for op in ops:
-            said = f"{sign} {op.get('name')} = {op.get('op')} {_shape(op)}{_COMMENT}{line_of(op)}: {code_of(op)}"
-            console.print(Text(clean(said), style=style), soft_wrap=True)
+            console.print(Text(clean(f"{sign} {_said(op)}"), style=style), soft_wrap=True)
+
+
+def _said(op: Mapping[str, Any]) -> str:
+    return f"{op.get('name')} = {op.get('op')} {_shape(op)}{_COMMENT}{line_of(dict(op))}: {code_of(dict(op))}"
 
 
 def _shape(op: Mapping[str, Any]) -> str:
@@ -142,6 +155,6 @@ def _shape(op: Mapping[str, Any]) -> str:
 def _table(*titles: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0), border_style="dim")
     for title in titles:
-        numbers = title.startswith(("count", "lowered", "captured"))
+        numbers = title in _NUMBERS
         table.add_column(title, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
     return table

@@ -20,9 +20,10 @@ def one_line(text: str) -> str:
 
 
 def file_name(text: str) -> str:
-    """A name without separators, control characters or markup, the same for the same text, other for other text."""
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", text.replace(" ", "-")).strip("._-")[:_LONGEST_NAME]
-    if safe and safe == text.replace(" ", "-"):
+    """A name without separators, control characters or markup; what had to be replaced leaves a hash behind."""
+    plain = text.replace(" ", "-").replace("[", "-").replace("]", "")  # as in the role encoder[image]
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", plain).strip("._-")[:_LONGEST_NAME]
+    if safe and safe == plain:
         return safe
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return f"{safe}-{digest}" if safe else f"component-{digest}"
