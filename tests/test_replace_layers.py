@@ -138,6 +138,16 @@ def test_a_model_loaded_by_the_policy() -> None:
     assert decoder_of(model)["graphs"] == 1
 
 
+def test_only_living_models_count() -> None:
+    """A model that is dropped inside the scope doesn't count, also when it holds itself alive."""
+    with layer_scope({LlamaRMSNorm: counting(LlamaRMSNorm)}, strict=True) as scope:
+        dropped = tiny_model("llama")
+        dropped.circle = [dropped]
+        dropped = tiny_model("llama")
+    assert sum(scope.counts.values()) == 5
+    assert dropped is not None
+
+
 def test_replacing_after_compile_makes_a_new_entry() -> None:
     """A compiled decoder whose norms are replaced gives the tokens of its new layers, and the old once restored."""
     model = tiny_model("llama")
@@ -461,7 +471,7 @@ def test_model_overrides_are_in_the_state() -> None:
 
 
 @pytest.mark.parametrize("model_type", list(NORMS))
-@pytest.mark.parametrize("padding", [1, 64])
+@pytest.mark.parametrize("padding", [1, 100])
 def test_parallel_vocabulary_keeps_tokens(model_type: str, padding: int) -> None:
     """The pluggable embedding and head in a model: equal tokens and an ordinary state dict, padded or not."""
     model = tiny_model(model_type)
@@ -481,7 +491,8 @@ def test_training_since_the_replacement_is_kept() -> None:
     """Padded layers have parameters of their own: what they learned is in the originals after restoring."""
     model = tiny_model("llama")
     before = tokens(model)
-    done = use_parallel_vocab_(model, padding_size=64)
+    done = use_parallel_vocab_(model, padding_size=100)
+    assert model.get_input_embeddings().weight.shape[0] == 400
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             layer.weight.copy_(layer.weight.flip(1))
