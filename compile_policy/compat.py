@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch._inductor
 from torch._guards import TracingContext
 from torch._inductor.package.package import package_aoti
@@ -209,5 +210,16 @@ def call_with_hooks(module: torch.nn.Module, call: Any, args: tuple[Any, ...], k
 
 def tensor_state(module: torch.nn.Module) -> list[torch.Tensor]:
     """Tensors that a forward may write into: buffers, and tensors kept as plain attributes."""
-    held = [v for m in module.modules() for v in m.__dict__.values() if type(v) is torch.Tensor]
-    return [*module.buffers(), *held]
+    return [*module.buffers(), *loose_tensors(module)]
+
+
+def loose_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Tensors in plain attributes, and in lists and dicts there."""
+    values = [v for m in module.modules() for n, v in m.__dict__.items() if n not in ("_parameters", "_buffers")]
+    inside = [i for v in values if isinstance(v, (list, dict)) for i in (v.values() if isinstance(v, dict) else v)]
+    return [v for v in [*values, *inside] if type(v) is torch.Tensor]
+
+
+def mark_static(tensor: torch.Tensor) -> None:
+    """Trace the tensor's sizes as constants."""
+    torch._dynamo.mark_static(tensor)

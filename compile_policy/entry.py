@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
+from compile_policy import compat
 from compile_policy.call_key import Call, adapted, public_value
 from compile_policy.errors import NotCompilable
 from compile_policy.lowering import CompiledGraph, Lowering, compile_call
@@ -127,8 +128,9 @@ def build_entry(
             raise
         except Exception as error:
             raise ExampleUnfit(f"the component does not run on a synthetic example: {_first_line(error)}") from error
-        on_capture()
-        graph = compile_call(reference.traceable(), example, labels, lowering)
+        for tensor in compat.loose_tensors(module):  # bound like parameters; their sizes are no sizes of the call
+            compat.mark_static(tensor)
+        graph = compile_call(reference.traceable(), example, labels, lowering, on_capture)
         output = OutputSpec(reference.tree, reference.leaves)
         written = reference.written - call.mutable
         entry = Entry(call.description(), graph, output, reference.state_sizes, written)

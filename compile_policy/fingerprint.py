@@ -1,10 +1,10 @@
 """Identity of the structure behind a region: what a graph takes for granted about the module itself.
 
-Covered: the module tree and its classes with their methods and class attributes, a ``forward`` set on an instance,
-hooks of sub-modules (those of the component itself run round its graph), training flags, Python attributes that a
-forward may read (numbers, strings, flags, functions such as activations, configuration objects), and the identity,
-dtype, device and layout of every parameter and buffer. Values of tensors are not: they are inputs of the graph.
-Two equal fingerprints trace to the same graph with the same bound tensors.
+Covered: the module tree and its classes with their methods and class attributes (whole numbers aside), a ``forward``
+set on an instance, hooks of sub-modules (those of the component itself run round its graph), training flags, Python
+attributes that a forward may read (numbers, strings, flags, functions such as activations, configuration objects),
+and the identity, dtype, device and layout of every parameter and buffer. Values of tensors are not: they are inputs
+of the graph. Two equal fingerprints trace to the same graph with the same bound tensors.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class _Walk:
         known = self._classes.get(cls)
         if known is None:
             bases = [base for base in cls.__mro__ if base not in (torch.nn.Module, object)]
-            own = tuple((n, _shallow(v)) for base in bases for n, v in vars(base).items() if _is_read(n))
+            own = tuple((n, _shallow(v)) for base in bases for n, v in vars(base).items() if _is_read(n, v))
             known = self._classes[cls] = (_Same(cls), own)
         return known
 
@@ -157,9 +157,10 @@ def _shallow(value: Any) -> Hashable:
     return (value.__class__, repr(value) if isinstance(value, float) else value)  # 0.0 == -0.0, nan != nan
 
 
-def _is_read(name: str) -> bool:
-    """Whether a forward may read the class attribute; the interpreter's own come and go."""
-    return not name.startswith(("__", "_abc_")) or name in ("__call__", "__getattr__")
+def _is_read(name: str, value: Any) -> bool:
+    """Whether a forward may depend on the class attribute; the interpreter's own, and counters, come and go."""
+    counter = type(value) is int
+    return not counter and (not name.startswith(("__", "_abc_")) or name in ("__call__", "__getattr__"))
 
 
 def _tensor(name: str, t: torch.Tensor | None) -> tuple[Any, ...]:

@@ -21,6 +21,10 @@ from compile_policy.lowering import CompiledGraph
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
+class ChangesItself(NotCompilable):
+    """Every call changes the component's Python state, which a graph would not do."""
+
+
 class Reference:
     """The component run eager on the example.
 
@@ -65,7 +69,7 @@ class Reference:
             after = fingerprint(self.module)
             if after == before:
                 return values, result
-        raise NotCompilable(f"every call changes the component: {difference(before, after)}")
+        raise ChangesItself(f"every call changes the component: {difference(before, after)}")
 
     def _run(self, leaves: Sequence[torch.Tensor]) -> tuple[dict[str, Any], Any]:
         it = iter(leaves)
@@ -115,18 +119,40 @@ class Reference:
 
 @contextmanager
 def preserved(module: torch.nn.Module) -> Iterator[None]:
-    """Inside the block, runs on synthetic tensors leave no trace: buffers and random numbers are as before after it."""
+    """Inside the block, trial runs leave no trace: attributes, buffers and random numbers are as before after it."""
     kept = [(t, t.detach().clone(), _version(t)) for t in compat.tensor_state(module)]
+    attributes = [(held, held.copy()) for held in _held(module)]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
+            for held, before in attributes:
+                _restore(held, before)
             with torch.no_grad():
                 for tensor, value, version in kept:
                     if version is None or _version(tensor) != version:
                         with torch.inference_mode(version is None):
                             tensor.copy_(value)
+
+
+def _held(module: torch.nn.Module) -> list[Any]:
+    """Attribute dictionaries of all modules, and lists, dicts and sets in them."""
+    own = [m.__dict__ for m in module.modules()]
+    return own + [v for d in own for v in d.values() if isinstance(v, (dict, list, set))]
+
+
+def _restore(held: Any, before: Any) -> None:
+    """Give a container what it held before; one that did not change is not touched, others may be reading it."""
+    if isinstance(held, dict):
+        for name in [n for n in held if n not in before]:
+            del held[name]
+        for name, value in before.items():
+            if name not in held or held[name] is not value:
+                held[name] = value
+    elif len(held) != len(before) or any(a is not b for a, b in zip(held, before, strict=True)):
+        held.clear()
+        held.update(before) if isinstance(held, set) else held.extend(before)
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -29,11 +29,13 @@ from compile_policy.example import examples
 from compile_policy.fingerprint import Fingerprint
 from compile_policy.lowering import Lowering, lower_with
 from compile_policy.plan import ComponentReport
+from compile_policy.reference import ChangesItself
 from compile_policy.shapes import Labels, pattern
 
 # Dynamo is not safe to enter from two threads; one capture at a time in the whole process.
 _compile_lock = threading.RLock()
 compat.renew_after_fork(_compile_lock)
+_REMEDIES = {"InvalidCxxCompiler": "Install a C++ compiler such as g++, or name one in CXX."}
 Verdict = tuple[tuple[Any, ...], tuple[Any, ...]]
 
 
@@ -93,6 +95,7 @@ class Region:
         self.reason = reason
         self.entries: dict[tuple[Any, ...], list[Entry]] = {}
         self.refused: dict[Verdict, str] = {}
+        self.changes_itself: dict[bool, str] = {}  # by training flag
         self.fingerprint = Fingerprint(module)
         self.steps = binder if isinstance(binder, StepBinder) else None
         self.lock = _compile_lock
@@ -112,7 +115,7 @@ class Region:
         if torch.compiler.is_compiling() or self.forced_eager or getattr(self._building, "now", False):
             return compat.plain_call(self.module, *args, **kwargs)
         self.calls += 1
-        obstacle = compat.eager_only(self.module)
+        obstacle = compat.eager_only(self.module) or self.changes_itself.get(self.module.training, "")
         if obstacle:
             return self._eager(NotCompilable(obstacle), None, compat.plain_call, self.module, *args, **kwargs)
         if compat.has_hooks(self.module):
@@ -121,11 +124,12 @@ class Region:
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.steps is not None and not args:
-            found = self.steps.step(self.module, kwargs, self._modes())
+            modes = self._modes()
+            found = self.steps.step(self.module, kwargs, modes)
             if found is not None:
                 entry, step = found
                 result = entry.run(step)
-                self.steps.ran(kwargs, step, entry, self._modes())
+                self.steps.ran(kwargs, step, entry, modes)
                 return result
         call: Call | None = None
         try:
@@ -158,7 +162,8 @@ class Region:
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         bound = self.binder.bind(self.module, args, kwargs)
         structure = self.fingerprint.current(look_again=bound.boundary)
-        extra = ((*compat.modes(), ("training flag", self.module.training)), structure)
+        grad, inference, autocast, *ambient = compat.modes()
+        extra = ((grad[1], inference[1], self.module.training, autocast[1]), structure, tuple(ambient))
         return make_call(bound.values, bound.label, extra, bound.fillers, bound.sizes, bound.example)
 
     def _find(self, call: Call) -> Entry | None:
@@ -171,7 +176,9 @@ class Region:
         """Run eager and say why. A verdict is kept only when eager runs: else the mistake is in the call."""
         self.eager_calls += 1
         result = run(*args, **kwargs)
-        if call is not None and not isinstance(why, PassingObstacle):
+        if isinstance(why, ChangesItself):  # its key would be another one at every call
+            self.changes_itself[self.module.training] = why.reason
+        elif call is not None and not isinstance(why, PassingObstacle):
             self.refused.setdefault(_verdict(call), why.reason)
         if self.fallback != why.reason:
             self.fallback = why.reason
@@ -263,10 +270,11 @@ class Region:
 
     def _difference(self, entry: Entry, call: Call) -> str:
         """What made another graph necessary, in words."""
-        (modes, structure), (modes_now, structure_now) = entry.call.key[2:], call.key[2:]
+        (modes, structure, ambient), (modes_now, structure_now, ambient_now) = entry.call.key[2:], call.key[2:]
         if structure != structure_now:
             return f"{self.fingerprint.difference(structure, structure_now)} changed"
-        for (name, was), (_, now) in zip(modes, modes_now, strict=True):
+        named = zip(("grad mode", "inference mode", "training flag", "autocast"), modes, modes_now, strict=True)
+        for name, was, now in [*named, *((n, x, y) for (n, x), (_, y) in zip(ambient, ambient_now, strict=True))]:
             if was != now:
                 return f"{name} is {now}, was {was}"
         return entry.difference(call)
@@ -278,7 +286,7 @@ class Region:
         reason = f"compiling failed with {type(cause).__name__}: {first_line[:300]}"
         if self.options.on_fault == "error":
             raise CompileFault(f"{self.name}: {reason}") from cause
-        raise NotCompilable(reason) from cause
+        raise NotCompilable(reason, remedy=_REMEDIES.get(type(cause).__name__, "")) from cause
 
     # -- for others -----------------------------------------------------------------------------------------------
 
