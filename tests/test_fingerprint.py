@@ -1,0 +1,258 @@
+"""Structure: what a graph takes for granted about the module, noticed when it changes, ignored when it may."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from compile_policy import events
+from compile_policy.fingerprint import Fingerprint, difference, fingerprint
+from compile_policy.region import Region, RegionOptions, SignatureBinder
+
+
+class Block(nn.Module):
+    """Reads what real layers read: numbers, flags, a configuration object, a function, a class attribute, buffers."""
+
+    power = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(4, 4)
+        self.eps = 0.5
+        self.act = torch.relu
+        self.config = SimpleNamespace(scale=2.0, nested=SimpleNamespace(shift=1.0))
+        self.weights = [1.0, 2.0]
+        self.table = {"a": 3.0}
+        self.loose = torch.ones(4)
+        self.register_buffer("offset", torch.ones(4))
+
+    def helper(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.act(self.linear(x)) * self.config.scale + self.config.nested.shift + self.eps
+        y = y * self.weights[0] + self.table["a"] + self.offset + self.loose
+        return self.helper(y) * self.power
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x)
+
+
+def _double(m: Any, args: Any, result: Any) -> Any:
+    return result * 2
+
+
+def _class_helper(m: Model) -> None:
+    type(m.block).helper = lambda self, x: x - 1  # type: ignore[method-assign, assignment]
+
+
+def _replace_parameter(m: Model) -> None:
+    m.block.linear.weight = nn.Parameter(torch.full((4, 4), 0.25))
+
+
+def _tie_other_buffer(m: Model) -> None:
+    m.block.offset = torch.full((4,), 9.0)
+
+
+CHANGES: dict[str, tuple[Callable[[Model], Any], str]] = {
+    "hook": (lambda m: m.block.register_forward_hook(_double), "hooks of block"),
+    "pre-hook": (lambda m: m.block.register_forward_pre_hook(lambda b, a: (a[0] + 1,)), "hooks of block"),
+    "number": (lambda m: setattr(m.block, "eps", 3.0), "attribute 'eps' of block"),
+    "negative zero": (lambda m: setattr(m.block, "eps", 0.0) or setattr(m.block, "eps", -7.0), "attribute 'eps'"),
+    "activation": (lambda m: setattr(m.block, "act", torch.sigmoid), "attribute 'act' of block"),
+    "configuration": (lambda m: setattr(m.block.config, "scale", -4.0), "attribute 'config' of block"),
+    "nested configuration": (lambda m: setattr(m.block.config.nested, "shift", 5.0), "attribute 'config' of block"),
+    "list": (lambda m: m.block.weights.__setitem__(0, 7.0), "attribute 'weights' of block"),
+    "dict": (lambda m: m.block.table.__setitem__("a", 7.0), "attribute 'table' of block"),
+    "forward of an instance": (lambda m: setattr(m.block, "forward", lambda x: x * 0), "attribute 'forward' of block"),
+    "method of the class": (_class_helper, "class attribute 'helper' of block"),
+    "class attribute": (lambda m: setattr(type(m.block), "power", 2.0), "class attribute 'power' of block"),
+    "parameter": (_replace_parameter, "parameter or buffer of block.linear"),
+    "buffer": (_tie_other_buffer, "parameter or buffer of block"),
+    "loose tensor": (lambda m: setattr(m.block, "loose", torch.full((4,), 9.0)), "attribute 'loose' of block"),
+    "sub-module": (lambda m: setattr(m.block, "linear", nn.Linear(4, 4).eval()), "parameter or buffer of block.linear"),
+    "sub-module of another class": (lambda m: setattr(m.block, "linear", nn.Identity()), "class of block.linear"),
+    "sub-module added": (lambda m: m.block.add_module("extra", nn.Linear(1, 1)), "the module tree"),
+    "training": (lambda m: m.block.train(), "training flag of block"),
+    "requires_grad": (lambda m: m.block.linear.weight.requires_grad_(False), "parameter or buffer of block.linear"),
+    "dtype": (lambda m: m.block.linear.double(), "parameter or buffer of block.linear"),
+}
+#: Changes that leave the numbers of the test call as they are: their control is the reason, not a wrong number.
+SAME_NUMBERS = {"sub-module added", "training", "requires_grad", "dtype"}
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Model:
+    monkeypatch.setattr(Block, "power", Block.power)
+    monkeypatch.setattr(Block, "helper", Block.helper)
+    return Model().eval()
+
+
+def region(model: nn.Module) -> Region:
+    return Region(model, role="t", binder=SignatureBinder({"x": {0: None}}), options=RegionOptions("eager"))
+
+
+def _outcome(run: Callable[[], torch.Tensor]) -> Any:
+    try:
+        return run()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_gives_the_right_result_and_its_name(change: str, model: Model) -> None:
+    """After each change the result, or the error, is that of the changed module, and the event names what changed."""
+    ours, x = region(model), torch.rand(3, 4)
+    assert torch.equal(ours(x), model.forward(x)) and ours.graphs == 1
+    make, name = CHANGES[change]
+    heard: list[events.Event] = []
+    make(model)
+    with events.listening(heard.append):
+        got, want = _outcome(lambda: ours(x)), _outcome(lambda: model.forward(x))
+    assert type(got) is type(want) and (torch.equal(got, want) if isinstance(got, torch.Tensor) else got == want)
+    (told,) = [e.data["difference"] for e in heard if e.kind == "new_entry"]
+    assert name in told
+
+
+@pytest.mark.parametrize("change", [c for c in CHANGES if c not in SAME_NUMBERS])
+def test_ignoring_the_fingerprint_would_be_wrong(change: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: with the structure left out of the key, the first graph answers with numbers from before the change."""
+    monkeypatch.setattr(Fingerprint, "current", lambda self, look_again: 0)
+    ours, x = region(model), torch.rand(3, 4)
+    ours(x)
+    CHANGES[change][0](model)
+    got, want = ours(x), _outcome(lambda: model.forward(x))
+    assert not (isinstance(want, torch.Tensor) and got.dtype == want.dtype and torch.equal(got, want))
+    assert ours.graphs == 1
+
+
+def test_changing_back_finds_the_first_graph(model: Model) -> None:
+    """A structure that was seen before needs no new graph: adapters may be switched on and off."""
+    ours, x = region(model), torch.rand(3, 4)
+    for eps in (0.5, 3.0, 0.5, 3.0):
+        model.block.eps = eps
+        assert torch.equal(ours(x), model.forward(x))
+    handle = model.block.register_forward_hook(_double)
+    assert torch.equal(ours(x), model.forward(x))
+    handle.remove()
+    assert torch.equal(ours(x), model.forward(x)) and ours.graphs == 3
+
+
+def test_new_values_of_weights_need_no_new_graph(model: Model) -> None:
+    """In-place updates, ``load_state_dict``, ``.data`` and an optimiser step are seen by the same graph."""
+    ours, x = region(model), torch.rand(3, 4)
+    ours(x)
+    updates: list[Callable[[], Any]] = [
+        lambda: nn.init.ones_(model.block.linear.weight),
+        lambda: model.load_state_dict({n: torch.rand_like(t) for n, t in model.state_dict().items()}),
+        lambda: setattr(model.block.linear.weight, "data", torch.rand(4, 4)),
+        lambda: model.block.loose.fill_(5.0),
+        lambda: model.block.offset.fill_(5.0),
+    ]
+    for update in updates:
+        before = ours(x)
+        update()
+        assert torch.equal(ours(x), model.forward(x)) and not torch.equal(ours(x), before)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
+    ours(x).sum().backward()
+    optimiser.step()
+    assert torch.equal(ours(x), model.forward(x)) and ours.graphs == 1 and ours.eager_calls == 0
+
+
+def test_weights_in_another_layout_are_another_structure(model: Model) -> None:
+    """Strides of a weight are compiled in: ``.data`` with other strides is noticed."""
+    before = fingerprint(model)
+    model.block.linear.weight.data = torch.rand(4, 4).t()
+    assert "parameter or buffer of block.linear" in difference(before, fingerprint(model))
+
+
+def test_a_reused_address_is_not_the_same_object(model: Model) -> None:
+    """A function at the address of a dead one is another function: identity does not rest on ``id`` alone."""
+    numbers = Fingerprint(model)
+    seen = set()
+    for k in range(20):
+        model.block.act = eval(f"lambda x: x * {k}")
+        seen.add(numbers.current(look_again=True))
+        model.block.act = None
+        gc.collect()
+    assert len(seen) == 20
+
+
+def test_the_component_s_own_hooks_are_not_its_structure(model: Model) -> None:
+    """Hooks on the component run round its graph, so they need no graph of their own; those below it do."""
+    before = fingerprint(model)
+    model.register_forward_hook(_double)
+    assert fingerprint(model) == before
+    model.block.register_forward_hook(_double)
+    assert fingerprint(model) != before
+
+
+def test_looking_again_is_asked_for(model: Model) -> None:
+    """Between boundaries the number is kept; at the next boundary the change is seen."""
+    numbers = Fingerprint(model)
+    first = numbers.current(look_again=False)
+    model.block.eps = 9.0
+    assert numbers.current(look_again=False) == first == numbers.number
+    second = numbers.current(look_again=True)
+    assert second != first and "eps" in numbers.difference(first, second)
+
+
+def test_a_module_that_holds_itself_ends(model: Model) -> None:
+    """Objects that refer to each other in circles are walked once."""
+    model.block.config.back = model.block.config
+    assert fingerprint(model) == fingerprint(model)
+
+
+class Counts(nn.Module):
+    """Changes with every call: whatever a graph replays, this is lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += 1
+        return x + self.seen
+
+
+class Caches(nn.Module):
+    """Builds a table in its first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: Any = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.table is None:
+            self.table = torch.arange(4.0)
+        return x + self.table
+
+
+def test_a_component_that_changes_itself_in_every_call_runs_eager() -> None:
+    """Side effects in Python are not in a graph: counted on, eager, with the attribute named."""
+    ours, plain = region(Counts()), Counts()
+    for _ in range(4):
+        assert torch.equal(ours(torch.zeros(2, 4)), plain(torch.zeros(2, 4)))
+    assert ours.entry_count() == 0 and ours.eager_calls == 4
+    assert "attribute 'seen' of the component" in str(ours.fallback)
+
+
+def test_a_table_built_in_the_first_call_is_no_obstacle() -> None:
+    """What changes once and then stays is compiled."""
+    ours, x = region(Caches()), torch.rand(3, 4)
+    for _ in range(3):
+        assert torch.equal(ours(x), Caches()(x))
+    assert ours.fallback is None and ours.graphs <= 2
