@@ -90,11 +90,14 @@ class DecoderBinder:
         if leaves is None or not known.entry.graph.accepts(leaves):
             return None
         values["past_key_values"] = caches.CacheCall(cache, 1)
-        return known.entry, Step(known.entry.call.spec, leaves, {**dict.fromkeys(known.layout), **values})
+        return known.entry, Step(known, leaves, values)
 
     def ran(self, kwargs: dict[str, Any], call: Any, entry: Entry, modes: tuple[Any, ...]) -> None:
         """Note what a call left in its cache."""
-        self.steps.remember(kwargs, call, entry, modes)
+        if isinstance(call, Step):
+            self.steps.advance(call.known, kwargs["past_key_values"])
+        else:
+            self.steps.remember(kwargs, call, entry, modes)
 
     def _by_name(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         if not args:

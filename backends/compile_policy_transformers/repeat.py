@@ -27,13 +27,14 @@ _MASKS = ("full_attention", "sliding_attention")
 
 
 class Step:
-    """A recognised call: what `Entry.run` reads of a `Call`."""
+    """A recognised call: what `Entry.run` reads of a `Call`, and what it was recognised by."""
 
-    __slots__ = ("leaves", "spec", "values")
+    __slots__ = ("known", "leaves", "spec", "values")
     copied = ()  # a step's leaves are the cache's own tensors
 
-    def __init__(self, spec: Any, leaves: list[torch.Tensor], values: Mapping[str, Any]) -> None:
-        self.spec, self.leaves, self.values = spec, leaves, values
+    def __init__(self, known: Known, leaves: list[torch.Tensor], values: Mapping[str, Any]) -> None:
+        self.known, self.leaves, self.spec = known, leaves, known.entry.call.spec
+        self.values = {**known.blank, **values}
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Known:
         modes: grad, inference, training, autocast, and the structure's number.
         constants: arguments that are no tensors, by name.
         kinds: class of each cache layer; ``keys`` and ``values`` are the tensors that the call left there.
-        layout: names of the call's arguments in order.
+        layout: names of the call's arguments in order; ``blank`` has them all, without values.
         others: positions of the leaves that do not belong to the cache.
     """
 
@@ -57,6 +58,7 @@ class Known:
     layout: tuple[str, ...]
     others: tuple[int, ...]
     mask_names: tuple[str, ...] | None
+    blank: dict[str, None]
 
     def held(self, *, sliding: bool) -> int | None:
         """States held by a dynamic layer of the kind; ``None`` when there is none."""
@@ -110,6 +112,7 @@ class DecodeSteps:
             tuple(name for name, _ in entry.call.spec),
             tuple(i for i, path in enumerate(entry.call.paths) if not path.startswith("past_key_values")),
             tuple(name for name, _ in mask[1]) if mask[0] == "dict" else None,
+            {name: None for name, _ in entry.call.spec},
         )
 
     @staticmethod
