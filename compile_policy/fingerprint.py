@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from compile_policy.layers.registry import registry_state
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _OWN = frozenset(torch.nn.Module().__dict__) | {"_compiled_call_impl"}
@@ -40,14 +42,15 @@ class Fingerprint:
     def current(self, *, look_again: bool) -> int:
         """A small number that stands for the structure; another structure has another number."""
         if self._current is None or look_again:
-            structure = fingerprint(self._module)
+            structure = (registry_state(), fingerprint(self._module))
             self._current = self._known.setdefault(structure, len(self._known))
         return self._current
 
     def difference(self, was: int, now: int) -> str:
         """The first place in which two structures differ, in words."""
         by_number = {number: structure for structure, number in self._known.items()}
-        return difference(by_number[was], by_number[now])
+        (layers, structure), (layers_now, structure_now) = by_number[was], by_number[now]
+        return "the registry of layers" if layers != layers_now else difference(structure, structure_now)
 
 
 def fingerprint(module: torch.nn.Module) -> tuple[Any, ...]:

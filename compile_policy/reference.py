@@ -48,7 +48,7 @@ class Reference:
         with_paths, self.tree = pytree.tree_flatten_with_path(result, is_leaf=lambda x: any(x is a for a in mine))
         leaves = [leaf for _, leaf in with_paths]
         self.paths = [_steps(path) for path, leaf in with_paths if isinstance(leaf, torch.Tensor)]
-        self.flags = [(_steps(path), leaf) for path, leaf in with_paths if isinstance(leaf, bool)]
+        self.flags = [(_steps(path), int(leaf)) for path, leaf in with_paths if isinstance(leaf, bool)]
         self.leaves = tuple(_describe(leaf, values) for leaf in leaves)
         state = [tensors for name, spec in call.spec for tensors in collect_state(spec, values[name])]
         self.state_sizes = [len(tensors) for tensors in state]
@@ -87,7 +87,8 @@ class Reference:
             result = forward(**values)
             flat = [_follow(result, path) for path in paths]
             for path, expected in flags:  # a flag that depends on a size becomes a condition on that size
-                if bool(_follow(result, path)) != expected:
+                seen = 1 if _follow(result, path) else 0
+                if seen != expected:
                     raise NotCompilable("a flag in the result differs between two runs")
             for name, s in spec:
                 for tensors in collect_state(s, values[name]):
