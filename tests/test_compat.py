@@ -1,0 +1,159 @@
+"""Each private symbol of torch that is relied on: there, and doing what it is used for."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from compile_policy import compat
+from compile_policy.errors import EnvironmentNotSupported
+
+
+@pytest.mark.parametrize(("torch_version", "name"), [("2.10.1", "torch"), ("1.13", "torch"), ("strange", "torch")])
+def test_an_old_torch_is_refused_with_the_command(torch_version: str, name: str) -> None:
+    """Below the floor, or unreadable: the message has the command that mends it."""
+    with pytest.raises(EnvironmentNotSupported, match=rf"{name} {torch_version}.*pip install '{name}>=2\.11'"):
+        compat.check_versions(torch_version, "5.17.0")
+
+
+def test_floors_and_newer_versions_pass() -> None:
+    """The oldest tested versions, local builds and newer ones are fine; an old Transformers is not."""
+    compat.check_versions("2.11.0+cpu", "5.17.0.dev0")
+    compat.check_versions(torch.__version__, "6.0")
+    with pytest.raises(EnvironmentNotSupported, match=r"transformers 5\.16\.9"):
+        compat.check_versions("2.13.0", "5.16.9")
+
+
+def test_what_dynamo_hands_to_a_backend() -> None:
+    """Placeholders know their tensor and source, the shape environment its symbols, guards and their origins."""
+    found: dict[str, Any] = {}
+    x = torch.rand(5, 3)
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        env = compat.tracing_shape_env()
+        places = [compat.graph_argument(n) for n in gm.graph.nodes if n.op == "placeholder"]
+        found["examples"] = [e for e, _ in places]
+        found["places"] = [compat.leaf_dim_of_source(s) for _, s in places]
+        found["symbols"] = {compat.leaf_dim_of_source(s) for ss in compat.symbol_sources(env).values() for s in ss}
+        found["origins"] = [compat.guard_origin(g) for g in env.guards]
+        return gm.forward
+
+    def fn(*leaves: torch.Tensor) -> torch.Tensor:
+        return leaves[0] * leaves[0].shape[0] if leaves[0].shape[0] < 100 else leaves[0]
+
+    torch.compile(fn, backend=backend, dynamic=True, fullgraph=True)(x)
+    assert any(e is x for e in found["examples"]) and (0, 0) in found["places"] and (0, 0) in found["symbols"]
+    assert any("test_compat" in o for o in found["origins"])
+
+
+def test_the_call_of_an_instance_can_be_routed_and_restored() -> None:
+    """The slot that ``nn.Module.compile`` uses takes a callable, is asked first, and is no part of state or copies."""
+    module = nn.Linear(2, 2)
+    x = torch.rand(1, 2)
+    compat.set_compiled_call_impl(module, lambda *a: "routed")
+    assert module(x) == "routed" and compat.compiled_call_impl(module) is not None
+    assert torch.equal(compat.plain_call(module, x), module.forward(x))
+    assert "_compiled_call_impl" not in module.__getstate__()  # type: ignore[operator]
+    compat.set_compiled_call_impl(module, None)
+    assert torch.equal(module(x), module.forward(x)) and compat.compiled_call_impl(module) is None
+
+
+def test_modes_change_with_the_mode_and_only_with_it() -> None:
+    """Each mode that a graph takes for granted is seen, by its name, and gone after its block."""
+    before = dict(compat.modes())
+    changed = {
+        "grad mode": torch.no_grad(),
+        "inference mode": torch.inference_mode(),
+        "autocast": torch.autocast("cpu", torch.bfloat16),
+        "default device": torch.device("meta"),
+    }
+    for name, block in changed.items():
+        with block:
+            assert dict(compat.modes())[name] != before[name], name
+        assert dict(compat.modes()) == before
+    torch.use_deterministic_algorithms(True)
+    assert dict(compat.modes())["deterministic algorithms"] is True
+    torch.use_deterministic_algorithms(False)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    assert dict(compat.modes())["float32 matmul precision"] == "medium"
+    torch.set_float32_matmul_precision(precision)
+    assert dict(compat.modes()) == before
+
+
+def test_what_forbids_compiled_calls_is_named() -> None:
+    """Hooks and modes that a graph would bypass are seen while they last."""
+    module = nn.Linear(2, 2)
+    assert compat.eager_only(module) == ""
+    for register, words in [
+        (module.register_full_backward_hook, "backward hook"),
+        (module.register_full_backward_pre_hook, "backward hook"),
+        (nn.modules.module.register_module_forward_hook, "all modules"),
+        (nn.modules.module.register_module_forward_pre_hook, "all modules"),
+        (nn.modules.module.register_module_full_backward_hook, "all modules"),
+    ]:
+        with register(lambda *a: None):
+            assert words in compat.eager_only(module), register
+    with TorchDispatchMode():
+        assert "TorchDispatchMode" in compat.eager_only(module)
+    with torch.autograd.forward_ad.dual_level():
+        assert "forward-mode" in compat.eager_only(module)
+    with torch.device("cpu"):
+        assert compat.eager_only(module) == ""
+    seen: list[str] = []
+    torch.func.vmap(lambda t: seen.append(compat.eager_only(module)) or t)(torch.rand(2))
+    torch.jit.trace(lambda t: seen.append(compat.eager_only(module)) or t * 2, torch.rand(2), check_trace=False)
+    assert "torch.func" in seen[0] and "torch.jit" in seen[1] and compat.eager_only(module) == ""
+
+
+def test_hooks_run_as_torch_runs_them() -> None:
+    """`call_with_hooks` gives what the module's own call gives, hook for hook."""
+    module = nn.Linear(2, 2)
+    assert not compat.has_hooks(module)
+    module.register_forward_pre_hook(lambda m, a: a[0] * 2)
+    module.register_forward_pre_hook(lambda m, a, k: ((a[0] + 1,), k), with_kwargs=True)
+    module.register_forward_pre_hook(lambda m, a: None)
+    module.register_forward_hook(lambda m, a, r: r - 3)
+    module.register_forward_hook(lambda m, a, k, r: None, with_kwargs=True)
+    x = torch.rand(1, 2)
+    ours = compat.call_with_hooks(module, lambda args, kwargs: module.forward(*args, **kwargs), (x,), {})
+    assert compat.has_hooks(module) and torch.equal(ours, module(x))
+
+
+def test_the_original_error_is_found_under_wrappers() -> None:
+    """Dynamo wraps what a backend raises; the original is what people need."""
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        raise ValueError("mine")
+
+    with pytest.raises(Exception) as info:
+        torch.compile(lambda x: x + 1, backend=backend)(torch.rand(2))
+    assert isinstance(compat.original_error(info.value), ValueError)
+    plain = KeyError()
+    assert compat.original_error(plain) is plain
+
+
+def test_a_lock_can_be_renewed() -> None:
+    """What runs in a forked child frees a lock that another thread holds."""
+    lock = threading.RLock()
+    thread = threading.Thread(target=lock.acquire)
+    thread.start()
+    thread.join()
+    assert not lock.acquire(blocking=False)
+    lock._at_fork_reinit()  # type: ignore[attr-defined]
+    assert lock.acquire(blocking=False)
+    compat.renew_after_fork(threading.RLock())
+
+
+def test_tensors_outside_parameters_are_found() -> None:
+    """Buffers and tensors in attributes, lists and dicts may be written by a forward; parameters are not listed."""
+    module = nn.Sequential(nn.BatchNorm1d(2))
+    loose = [torch.ones(1), torch.ones(2), torch.ones(3)]
+    module.a, module[0].b, module.c = loose[0], [loose[1]], {"k": loose[2]}  # type: ignore[assignment]
+    assert {id(t) for t in compat.loose_tensors(module)} == {id(t) for t in loose}
+    assert {id(t) for t in compat.tensor_state(module)} == {id(t) for t in [*loose, *module.buffers()]}
