@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,9 +11,12 @@ import torch
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedModel
 
 from compile_policy.config import CompilationConfig
+from compile_policy.layers.custom_op import CustomOps, use_custom_ops
+from compile_policy.layers.plugins import load_plugins
 from compile_policy.plan import Plan
 from compile_policy_transformers.applying import decorated_for
 from compile_policy_transformers.components import meta_model, model_class
+from compile_policy_transformers.layer_scope import layer_scope
 from compile_policy_transformers.planning import make_plan
 from compile_policy_transformers.tiny import tiny_config, tiny_model
 
@@ -34,15 +39,24 @@ def load_model(name: str | None = None, *, config: CompilationConfig | None = No
     config = config or CompilationConfig()
     if name is not None and name.startswith(_TINY):
         model_type = name.removeprefix(_TINY)
-        with decorated_for(tiny_config(model_type), config):
+        with _building(tiny_config(model_type), config):
             return tiny_model(model_type)
     place = str(EMBEDDED) if name is None else name
     model_config = kwargs.pop("model_config", None) or AutoConfig.from_pretrained(place, **_hub_arguments(kwargs))
     if name is None:
         kwargs.setdefault("dtype", torch.float32)
-    with decorated_for(model_config, config):
+    with _building(model_config, config):
         model = model_class(model_config).from_pretrained(place, config=model_config, **kwargs)
     return cast(PreTrainedModel, model.eval())
+
+
+@contextmanager
+def _building(model_config: PreTrainedConfig, config: CompilationConfig) -> Iterator[None]:
+    """What holds while a model is built: layer plug-ins and overrides, custom operators, decorated components."""
+    load_plugins(enabled=config.enabled)
+    operators = CustomOps.of(config.custom_ops, mode=config.mode, backend=config.backend)
+    with layer_scope(), use_custom_ops(operators), decorated_for(model_config, config):
+        yield
 
 
 def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from compile_policy.config import CompilationConfig
 from compile_policy.errors import PolicyWarning, UnsupportedModelError
+from compile_policy.layers.registry import layer_notes
 from compile_policy.plan import Component, Decision, Plan
 
 from . import compat
@@ -65,7 +66,8 @@ def make_plan(model: nn.Module, config: CompilationConfig) -> Plan:
 
 def _plan(model: nn.Module, components: list[Component]) -> Plan:
     compiled = any(c.decision == "compile" for c in components)
-    return Plan(type(model).__name__, tuple(components), (AUTO_COMPILE_NOTE,) if compiled else ())
+    notes = (AUTO_COMPILE_NOTE,) if compiled else ()
+    return Plan(type(model).__name__, tuple(components), notes + layer_notes())
 
 
 def _component(found: Found, decision: Decision, reason: str, remedy: str) -> Component:
