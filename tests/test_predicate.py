@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -107,3 +109,19 @@ def test_static_sizes_are_conditions_too() -> None:
     ours(torch.ones(4, 2))
     (entry,) = next(iter(ours.entries.values()))
     assert entry.graph.accepts(shapes((4, 2))) and not entry.graph.accepts(shapes((4, 3)))
+
+
+class Disagrees(nn.Module):
+    """Returns what no graph can return when its sizes differ."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:
+        return x + y if x.shape[0] == y.shape[0] else 3
+
+
+def test_a_verdict_on_unequal_sizes_says_nothing_of_equal_ones() -> None:
+    """Which sizes are equal belongs to a verdict: after a refused call with others, the good one is compiled."""
+    ours = region(Disagrees(), x=0, y=0)
+    for _ in range(2):
+        assert ours(torch.ones(3), torch.ones(5)) == 3
+    assert torch.equal(ours(torch.ones(4), torch.ones(4)), torch.full((4,), 2.0))
+    assert (ours.entry_count(), ours.eager_calls) == (1, 2)
