@@ -214,3 +214,16 @@ def test_layout_after_an_error() -> None:
 def test_fixed_size_towers_are_no_grid_towers() -> None:
     """Towers over whole pictures take the plain road."""
     assert not any(vision.is_grid_tower(tiny_model(name).get_encoder("image")) for name in FIXED)
+
+
+@pytest.mark.parametrize("model_type", FIXED)
+def test_eager_calls_in_between(model_type: str) -> None:
+    """A call past the policy, which may leave hooks of Transformers behind, does not make another graph necessary."""
+    model = tiny_model(model_type)
+    inputs = _inputs(model, PICTURES[0])
+    _apply(model)
+    first = model.generate(**inputs, max_new_tokens=TOKENS)
+    with cp.eager(model):
+        assert torch.equal(model.generate(**inputs, max_new_tokens=TOKENS), first)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=TOKENS), first)
+    assert _encoder_report(model).graphs == 1

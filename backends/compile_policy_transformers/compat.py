@@ -6,13 +6,14 @@ When an upgrade breaks one, this is the file to change.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.utils import output_capturing
+from transformers.utils import output_capturing as output_capturing_of_transformers
 
 
 def build_from_config(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -55,12 +56,34 @@ def rope_types(module: nn.Module) -> set[str]:
 
 
 def install_output_capturing(module: nn.Module) -> None:
-    """Install Transformers' output-capturing hooks now instead of at the first call that asks for hidden states.
-
-    They change the structure that a graph was traced on, so they have to be there before the first graph.
-    """
+    """Install Transformers' output-capturing hooks for good, as its own first call that asks for outputs does."""
     if isinstance(module, PreTrainedModel):
-        output_capturing.maybe_install_capturing_hooks(module)
+        output_capturing_of_transformers.maybe_install_capturing_hooks(module)
+
+
+@contextmanager
+def output_capturing(module: nn.Module) -> Iterator[None]:
+    """Transformers' output-capturing hooks inside the block, and only there.
+
+    Its first call that asks for hidden states installs them for good. A graph has to be traced with them; a model
+    that keeps them cannot be pickled, so they do not stay on account of the policy.
+    """
+    if not isinstance(module, PreTrainedModel):
+        yield
+        return
+    flag = "_output_capturing_hooks_installed"
+    before = [(m, set(m._forward_hooks), flag in m.__dict__) for m in module.modules()]
+    output_capturing_of_transformers.maybe_install_capturing_hooks(module)
+    added = [(m, set(m._forward_hooks) - known) for m, known, _ in before]
+    try:
+        yield
+    finally:
+        for m, hooks in added:
+            for hook in hooks:
+                m._forward_hooks.pop(hook, None)
+        for m, _, flagged in before:
+            if not flagged:
+                m.__dict__.pop(flag, None)
 
 
 def _never(*args: Any, **kwargs: Any) -> bool:

@@ -17,8 +17,8 @@ import torch
 from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 from transformers.masking_utils import create_masks_for_generate
 
-from compile_policy.errors import NotCompilable
 from compile_policy.entry import Entry
+from compile_policy.errors import NotCompilable
 from compile_policy.region import Bound
 from compile_policy.shapes import Labels
 from compile_policy_transformers import attention, caches, compat
@@ -35,11 +35,10 @@ class DecoderBinder:
     def __init__(self, decoder: torch.nn.Module) -> None:
         config: Any = decoder.config
         self.config = config
-        compat.install_output_capturing(decoder)
         self.mask_config: Any = copy.copy(config)
         self.mask_config._attn_implementation_internal = attention.DECODER
         self.parameters = inspect.signature(decoder.forward).parameters
-        self.shapes: list[caches.LayerShape | None] | None = None
+        self.shapes: dict[torch.dtype, list[caches.LayerShape | None]] = {}
         self.steps = DecodeSteps()
         self.features = DeepstackFeatures(decoder)
 
@@ -49,7 +48,7 @@ class DecoderBinder:
 
     @contextmanager
     def tracing(self, module: torch.nn.Module) -> Iterator[None]:
-        with attention.traced_with(attention.configs_below(module), attention.DECODER):
+        with compat.output_capturing(module), attention.traced_with(attention.configs_below(module), attention.DECODER):
             yield
 
     def bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
@@ -70,7 +69,9 @@ class DecoderBinder:
         ordered = {name: values[name] for name in sorted(values) if values[name] is not None}
         return Bound(ordered, label, fillers, _EXAMPLE_SIZES, boundary=length > 1)
 
-    def step(self, module: torch.nn.Module, kwargs: dict[str, Any], modes: tuple[Any, ...]) -> tuple[Entry, Step] | None:
+    def step(
+        self, module: torch.nn.Module, kwargs: dict[str, Any], modes: tuple[Any, ...]
+    ) -> tuple[Entry, Step] | None:
         """The short road: entry and leaves of a single-token call that continues the last one on its cache."""
         known = self.steps.match(kwargs, modes)
         if known is None:
@@ -136,15 +137,15 @@ class DecoderBinder:
         return cache
 
     def _layer_shapes(self, module: torch.nn.Module, embeds: torch.Tensor) -> list[caches.LayerShape | None]:
-        """Learned once from a two-token call: configurations name heads and dims in too many ways."""
-        if self.shapes is None:
+        """Learned once a dtype from a two-token call: configurations name heads and dims in too many ways."""
+        if embeds.dtype not in self.shapes:
             cache = caches.fresh_cache(self.config)
             with torch.no_grad():
                 module.forward(
                     inputs_embeds=embeds.new_zeros(1, 2, embeds.shape[2]), past_key_values=cache, use_cache=True
                 )
-            self.shapes = caches.layer_shapes(cache)
-        return self.shapes
+            self.shapes[embeds.dtype] = caches.layer_shapes(cache)
+        return self.shapes[embeds.dtype]
 
     def _position_ids(self, values: dict[str, Any], embeds: torch.Tensor, cache: Cache | None) -> None:
         if "position_ids" not in self.parameters:

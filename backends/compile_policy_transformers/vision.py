@@ -114,7 +114,6 @@ class EncoderBinder:
     """Binds calls of a vision or audio tower: all tensors by name, leading dims dynamic."""
 
     def __init__(self, tower: torch.nn.Module) -> None:
-        compat.install_output_capturing(tower)
         self.parameters = inspect.signature(tower.forward).parameters
         self.grid = is_grid_tower(tower)
         self.merge = int(getattr(tower, "spatial_merge_size", 1) or 1)
@@ -128,6 +127,8 @@ class EncoderBinder:
     def bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         values = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         values = {name: value for name, value in values.items() if value is not None}
+        if any(name.startswith("output_") and value is not False for name, value in values.items()):
+            compat.install_output_capturing(module)  # a tower that is asked once is asked always; eager does the same
         if not self.grid:
             return Bound(dict(sorted(values.items())), _leading_dim)
         values.update(record_layout(module, **values))
