@@ -11,7 +11,6 @@ together, about one of the two.
 
 import argparse
 import random
-import re
 import sys
 from collections import defaultdict
 from dataclasses import replace
@@ -24,12 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
 import shapes  # noqa: E402
+from results import write_section  # noqa: E402
 from train_shapes_vlm import SEEN, UNSEEN, random_picture  # noqa: E402
 
 MODEL = ROOT / "backends" / "compile_policy_transformers" / "embedded"
-RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 TWO = "one of two pictures"
-BEGIN, END = "<!-- shapes_accuracy:begin -->", "<!-- shapes_accuracy:end -->"
 
 
 def held_out(pictures: int):
@@ -76,25 +74,17 @@ def answers(model, processor, asked: list[tuple], batch: int) -> list[str]:
 
 def table(asked: list[tuple], said: list[str]) -> str:
     hits = defaultdict(list)
-    for (seen, _, question), answer in zip(asked, said):
+    for (seen, _, question), answer in zip(asked, said, strict=True):
         for kind in (question.kind, "all"):
             hits[kind, seen].append(answer == question.answer)
     lines = ["| question | sizes seen in training | sizes not seen |", "|---|---|---|"]
     for kind in (*shapes.KINDS, TWO, "all"):
-        cells = [f"{100 * sum(h) / len(h):.1f}% of {len(h)}" for h in (hits[kind, True], hits[kind, False])]
-        lines.append(f"| {kind} | {cells[0]} | {cells[1]} |")
+        lines.append(f"| {kind} | {share(hits[kind, True])} | {share(hits[kind, False])} |")
     return "\n".join(lines)
 
 
-def write(section: str) -> None:
-    """Replace the text between the markers in RESULTS.md, or append it."""
-    text = RESULTS.read_text() if RESULTS.exists() else "# Results\n"
-    section = f"{BEGIN}\n{section}\n{END}"
-    if BEGIN in text:
-        text = re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: section, text, flags=re.DOTALL)
-    else:
-        text = f"{text.rstrip()}\n\n{section}\n"
-    RESULTS.write_text(text)
+def share(hits: list[bool]) -> str:
+    return f"{100 * sum(hits) / len(hits):.1f}% of {len(hits)}" if hits else "none asked"
 
 
 def main() -> None:
@@ -113,11 +103,9 @@ def main() -> None:
     text = table(asked, answers(model, processor, asked, options.batch))
     print(text)
     if options.write:
-        write(
-            "## Does the embedded model answer right?\n\n"
-            f"Exact answers on {options.pictures} held-out pictures, {options.dtype}, greedy "
-            "(`python benchmarks/shapes_accuracy.py --write`).\n\n" + text
-        )
+        about = f"Exact answers on {options.pictures} held-out pictures, {options.dtype}, greedy decoding"
+        rerun = "`python benchmarks/shapes_accuracy.py --write`"
+        write_section("shapes_accuracy", "Does the embedded model answer right?", f"{about} ({rerun}).\n\n{text}")
 
 
 if __name__ == "__main__":

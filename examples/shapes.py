@@ -173,7 +173,7 @@ def draw_owners(scene: Scene, width: int, height: int) -> Image.Image:
 def paint(picture: Image.Image, scene: Scene, inks) -> None:
     canvas = ImageDraw.Draw(picture)
     sx, sy = picture.width / scene.columns, picture.height / scene.rows
-    for thing, ink in zip(scene.things, inks):
+    for thing, ink in zip(scene.things, inks, strict=True):
         canvas.polygon([((thing.x + x) * sx, (thing.y + y) * sy) for x, y in outline(thing)], fill=ink)
 
 
