@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compile_policy.cli import layers
+from compile_policy.cli import graphs, layers
 from compile_policy.cli.config import config
 from compile_policy.cli.generate import generate
 from compile_policy.cli.plan import plan
@@ -44,6 +44,7 @@ app = typer.Typer(
 )
 for command in (generate, plan, config):
     app.command(epilog=_EPILOG)(command)
+app.add_typer(graphs.app, name="graphs")
 app.add_typer(layers.app, name="layers")
 
 
