@@ -34,7 +34,7 @@ from compile_policy.region import Region, RegionOptions, SignatureBinder
 from compile_policy_transformers.decoder import DecoderBinder
 from compile_policy_transformers.tiny import tiny_inputs, tiny_model
 
-VICTIM = "<img src=x onerror=alert(1)>\x1b[31m../../evil\nraise SystemExit  # "
+VICTIM = "<img src=x onerror=alert(1)>\x1b[31m../../evil\nraise SystemExit  # \u202e\x9b1m"
 
 
 class Block(torch.nn.Module):
@@ -347,7 +347,7 @@ def test_names_stay_inside(tmp_path: Path) -> None:
     for path in root.rglob("*"):
         assert re.fullmatch(r"[A-Za-z0-9._-]+", path.name), path
         if path.is_file():
-            assert not re.search(rb"[\x00-\x08\x0b-\x1f\x7f]", path.read_bytes()), path
+            assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", path.read_text("utf-8")), path
     (entry,) = Dump.open(root).entries
     assert entry.record["component"]["qualname"] == VICTIM  # as JSON spells it, for whoever escapes it
     body = ast.parse(entry.read("captured")).body

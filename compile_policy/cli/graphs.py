@@ -12,6 +12,7 @@ from compile_policy.cli import graph_tables as tables
 from compile_policy.cli.session import Session
 from compile_policy.errors import InputError
 from compile_policy.graphs.difference import difference
+from compile_policy.graphs.page import page_of
 from compile_policy.graphs.reading import Dump, DumpedEntry
 from compile_policy.graphs.search import find_ops
 from compile_policy.graphs.stats import stats_of
@@ -120,6 +121,23 @@ def diff(
     else:
         tables.print_difference(session.terminal.out, str(first), str(second), found)
     return 1 if found else 0
+
+
+@app.command("html")
+def html(
+    context: typer.Context,
+    directory: _Dump,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The page to write.")],
+) -> int:
+    """Write the dump as one page that needs nothing else: search it, and click from operation to kernel and back."""
+    session: Session = context.obj
+    text = page_of(Dump.open(directory))
+    try:
+        file.write_text(text, "utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {error.strerror or error}.") from error
+    session.terminal.note(f"{file}, {len(text.encode()) / 1e6:.1f} MB")
+    return 0
 
 
 def _is_dump(directory: Path) -> bool:

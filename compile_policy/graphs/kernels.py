@@ -44,6 +44,22 @@ def kernels_of(entry: DumpedEntry) -> list[Kernel]:
     return [Kernel(name) for name in names if name != "kernel"]  # what generated Python calls the C++ inside
 
 
+def kernel_codes(entry: DumpedEntry) -> dict[str, str]:
+    """Generated kernel -> its code."""
+    if not {"output_code", "aot_kernels"} & set(entry.files):
+        return {}
+    text = entry.read("kernels")
+    found = [m for m in _DEFINED.finditer(text) if "".join(m.groups("")) != "kernel"]
+    ends = [m.start() for m in found[1:]] + [_end(text, m.end()) for m in found[-1:]]
+    return {"".join(m.groups("")): text[m.start() : end].rstrip() for m, end in zip(found, ends, strict=True)}
+
+
+def _end(text: str, start: int) -> int:
+    """Where the last kernel ends and the code that calls the kernels begins."""
+    after = re.search(r"^(?:async_compile\.wait|def call|class Runner)", text[start:], re.M)
+    return start + after.start() if after else len(text)
+
+
 def _with_origins(entry: DumpedEntry) -> list[Kernel]:
     """Inductor numbers the kernels' calls: ``name:number``."""
     try:

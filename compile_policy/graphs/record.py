@@ -13,6 +13,7 @@ from compile_policy.lowering import Argument
 from compile_policy.region import Region
 
 _PLACE = re.compile(r"s\[(\d+)\]\[(\d+)\]")
+_MODES = ("grad mode", "inference mode", "training flag", "autocast")
 _FIXED = re.compile(r"s\[(\d+)\]\[(\d+)\] == (\d+)")
 
 
@@ -45,10 +46,11 @@ def entry_record(region: Region, entry: Entry, example: dict[int, list[int]], op
 
 def _key(entry: Entry) -> dict[str, Any]:
     """The call key in words."""
-    spec, _, modes, structure = entry.call.key
+    spec, _, modes, structure, *ambient = entry.call.key
+    named = {**dict(zip(_MODES, modes, strict=True)), **dict(pair for pairs in ambient for pair in pairs)}
     return {
         "arguments": {name: spelled(part) for name, part in spec},
-        "modes": {str(name): _plain(value) if value != () else False for name, value in modes},
+        "modes": {str(name): _plain(value) if value != () else False for name, value in named.items()},
         "structure": str(structure),
     }
 

@@ -7,10 +7,13 @@ import re
 import unicodedata
 
 _LONGEST_NAME = 80
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def clean(text: str) -> str:
     """Without control characters and without those that turn text round or hide in it; line breaks and tabs stay."""
+    if text.isascii():
+        return _CONTROL.sub("", text)
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp"))
 
 
