@@ -112,7 +112,7 @@ class Region:
     # -- the path of a call ---------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or self.forced_eager or getattr(self._building, "now", False):
+        if torch.compiler.is_dynamo_compiling() or self.forced_eager or getattr(self._building, "now", False):
             return compat.plain_call(self.module, *args, **kwargs)
         self.calls += 1
         obstacle = compat.eager_only(self.module) or self.changes_itself.get(self.module.training, "")

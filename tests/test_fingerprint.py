@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -187,7 +186,6 @@ def test_a_reused_address_is_not_the_same_object(model: Model) -> None:
         model.block.act = eval(f"lambda x: x * {k}")
         seen.add(numbers.current(look_again=True))
         model.block.act = None
-        gc.collect()
     assert len(seen) == 20
 
 

@@ -542,7 +542,7 @@ class Makes(nn.Module):
 
 def test_defaults_of_the_process_belong_to_the_key() -> None:
     """Default dtype and default device decide what a factory makes: another value is another graph."""
-    ours = region(Makes())
+    ours = region(Makes(), backend="aot_eager")
     x = torch.rand(3)
     assert ours.module(x).dtype is torch.float32
     torch.set_default_dtype(torch.float64)
