@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import random
 import re
+import runpy
 import stat
 import sys
 import threading
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config as inductor
+from filelock import FileLock
 
 from compile_policy.config import CompilationConfig
 from compile_policy.errors import InputError
@@ -402,6 +404,21 @@ def test_several_processes(tmp_path: Path) -> None:
     assert {entry.record["run"] for entry in entries} == {"a", "b", "c"}
 
 
+def test_one_index_at_a_time(tmp_path: Path) -> None:
+    """Who writes the index waits for whoever is at it, else the later one would undo the earlier."""
+    writer = threading.Thread(target=_write_entries, args=(tmp_path, "a"))
+    with FileLock(tmp_path / ".index.lock"):
+        writer.start()
+        deadline = time.monotonic() + 10
+        while not list(tmp_path.glob("*/*/entry.json")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert not (tmp_path / "index.json").exists()
+    writer.join(30)
+    assert len(Dump.open(tmp_path).entries) == 15
+
+
 def test_entries_of_one_folder(tmp_path: Path) -> None:
     """Components, and runs after one another, share a folder; what is no entry is not listed."""
     for qualname in ("first", "second", "first"):
@@ -437,3 +454,17 @@ def test_damaged_index(tmp_path: Path, text: str) -> None:
     (tmp_path / "index.json").write_text(text)
     with pytest.raises(InputError, match=r"index\.json is no"):
         Dump.open(tmp_path)
+
+
+# -- example ----------------------------------------------------------------------------------------------------------
+
+
+def test_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The example runs, and says what is in its dump."""
+    path = Path(__file__).resolve().parents[1] / "examples" / "dump_graphs.py"
+    runpy.run_path(str(path))["main"](str(tmp_path))
+    (entry,) = Dump.open(tmp_path).entries
+    out = capsys.readouterr().out
+    assert f"{entry.id}: Qwen2_5_VLTextModel, {entry.record['ops']} operations" in out
+    assert "batch" in out
+    assert "torch.nn.functional.silu" in out
