@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedModel
 
 from compile_policy.config import CompilationConfig
+from compile_policy.errors import InputError, PolicyError
 from compile_policy.layers.custom_op import CustomOps, use_custom_ops
 from compile_policy.layers.plugins import load_plugins
 from compile_policy.plan import Plan
@@ -34,7 +36,8 @@ def load_model(name: str | None = None, *, config: CompilationConfig | None = No
         kwargs: for ``from_pretrained``.
 
     Raises:
-        OSError, ValueError: what ``from_pretrained`` raises for a model that isn't there.
+        InputError: no model is there, or it cannot be read; ``__cause__`` is what ``from_pretrained`` raised.
+        PolicyError: the model cannot do what the configuration asks.
     """
     config = config or CompilationConfig()
     if name is not None and name.startswith(_TINY):
@@ -42,12 +45,32 @@ def load_model(name: str | None = None, *, config: CompilationConfig | None = No
         with _building(tiny_config(model_type), config):
             return tiny_model(model_type)
     place = str(EMBEDDED) if name is None else name
-    model_config = kwargs.pop("model_config", None) or AutoConfig.from_pretrained(place, **_hub_arguments(kwargs))
+    model_config = kwargs.pop("model_config", None) or _read_config(place, _hub_arguments(kwargs))
     if name is None:
         kwargs.setdefault("dtype", torch.float32)
-    with _building(model_config, config):
+    with _building(model_config, config), _reading(place, OSError, ValueError, SafetensorError):
         model = model_class(model_config).from_pretrained(place, config=model_config, **kwargs)
     return cast(PreTrainedModel, model.eval())
+
+
+def _read_config(place: str, arguments: dict[str, Any]) -> PreTrainedConfig:
+    with _reading(place, OSError, ValueError, KeyError, TypeError, AttributeError):  # the last three: odd JSON
+        return AutoConfig.from_pretrained(place, **arguments)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _reading(place: str, *errors: type[Exception]) -> Iterator[None]:
+    """Errors of reading a model, with the place named: a library's own message often leaves it out."""
+    try:
+        yield
+    except PolicyError:
+        raise
+    except errors as error:
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(
+            f"{place!r} cannot be loaded: {why}",
+            remedy="Give a folder with a complete checkpoint, a hub id that can be reached, or 'tiny:<model type>'.",
+        ) from error
 
 
 @contextmanager
