@@ -19,6 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## ask the built-in vision-language model about a picture, compiled, and compare with eager
 	@echo "Compiling the built-in model's decoder, asking it about a picture, and comparing with eager (about a minute)."
+	@rm -rf graph_dumps
 	$(BIN)/compile-policy generate --verify --dump-graphs graph_dumps
 
 test: lint  ## lint, then every test that is neither slow nor for a GPU

@@ -28,9 +28,9 @@ def can_lower_ahead(gm: torch.fx.GraphModule) -> bool:
     """Whether AOTInductor can take the graph: no gradients wanted, every operator native."""
     for node in gm.graph.nodes:
         value = node.meta.get("example_value")
-        if node.op == "placeholder" and isinstance(value, torch.Tensor):
-            if value.requires_grad and torch.is_grad_enabled():
-                return False
+        is_input = node.op == "placeholder" and isinstance(value, torch.Tensor)
+        if is_input and value.requires_grad and torch.is_grad_enabled():
+            return False
         if node.op == "call_function" and getattr(node.target, "namespace", "") == "compile_policy":
             return False  # implemented in Python: the package could not call it without the interpreter
     return not torch.is_autocast_enabled("cpu")

@@ -24,8 +24,8 @@ from typing import Any, TypeVar, overload
 import torch
 
 from compile_policy.config import CompilationConfig
+from compile_policy.configured import region_options
 from compile_policy.errors import DecorationError
-from compile_policy.options import region_options
 from compile_policy.positional import PositionalCheck
 from compile_policy.region import Binder, Region, SignatureBinder, region_of
 from compile_policy.shapes import ArgDims, DimSpec, infer_dynamic_arg_dims, normalise

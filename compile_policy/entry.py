@@ -11,8 +11,10 @@ import torch.utils._pytree as pytree
 
 from compile_policy import compat
 from compile_policy.call_key import Call, adapted, public_value
+from compile_policy.capture import compile_call
+from compile_policy.compiled import CompiledGraph
 from compile_policy.errors import NotCompilable
-from compile_policy.lowering import CompiledGraph, Lowering, compile_call
+from compile_policy.lowering import Lowering
 from compile_policy.reference import TOLERANCE as TOLERANCE
 from compile_policy.reference import Reference, preserved
 from compile_policy.reference import relative_error as relative_error

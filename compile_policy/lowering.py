@@ -1,33 +1,17 @@
-"""One example call -> one compiled graph.
+"""The seam between a captured graph and the code that runs: which compiler gets it, and when.
 
-Dynamo captures the call ``fullgraph`` on a small synthetic example in which every label has its own size >= 2, so
-that no size is mistaken for another or for a constant. Its guards are not kept: each is recorded, the call key covers
-what they said about arguments, and what the graph assumes about sizes becomes one predicate (`ShapeConditions`).
-The captured graph is lowered once and called flat afterwards, without Dynamo: parameters bound, sizes read off the
-leaves.
+Two roads: native packages ahead of time where AOTInductor can take the graph, a backend of Dynamo otherwise.
 """
 
 from __future__ import annotations
 
-import itertools
-import types
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch._dynamo
-import torch._dynamo.decorators
-import torch.fx.experimental._config as fx_config
 from torch._dynamo.backends.registry import lookup_backend
 
-from compile_policy.ahead import can_lower_ahead, lower_ahead, sizes_from_tensors
-from compile_policy.compat import graph_argument, leaf_dim_of_source, tracing_shape_env
-from compile_policy.predicate import ShapeConditions, conditions_of
-from compile_policy.shapes import UNBACKED
-
-_serial = itertools.count()
+from compile_policy.ahead import can_lower_ahead
 
 
 class Lowering(Protocol):
@@ -44,104 +28,6 @@ class Lowering(Protocol):
         """The road for what cannot be lowered ahead of time."""
 
 
-class AheadFault(Exception):
-    """Lowering ahead of time failed; ``reason`` says why."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-
-
-@dataclass(frozen=True)
-class GuardRecord:
-    """A guard that Dynamo would have evaluated at every call."""
-
-    kind: str
-    name: str
-
-
-@dataclass(frozen=True)
-class Argument:
-    """Where one input of the graph comes from: a bound tensor, a leaf of the call, or a size of a leaf."""
-
-    kind: str  # "tensor" | "leaf" | "size"
-    tensor: torch.Tensor | None = None
-    leaf: int = 0
-    dim: int = 0
-
-
-@dataclass
-class CompiledGraph:
-    """A lowered graph with all that is needed to call it flat.
-
-    Attributes:
-        code: takes the graph's inputs in order, returns its outputs.
-        arguments: the source of each input.
-        outputs: for every tensor of the traced function's result: ``("graph", i)`` or ``("leaf", i)``.
-        accepts: the sizes for which the graph holds.
-        guards: what Dynamo would have guarded on.
-        readable: the captured graph as Python text with source comments.
-        sources: per operation of the captured graph its name, target, shape and where the model wrote it.
-        why_jit: why a graph was not lowered ahead of time although that was tried; empty otherwise.
-        native: the package, when lowered ahead of time; takes ``bound`` and then the leaves in ``order``.
-    """
-
-    code: Callable[..., Any]
-    arguments: list[Argument]
-    outputs: list[tuple[str, int]]
-    accepts: ShapeConditions
-    guards: list[GuardRecord] = field(default_factory=list)
-    readable: str = ""
-    sources: list[dict[str, Any]] = field(default_factory=list)
-    why_jit: str = ""
-    native: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None
-    bound: list[torch.Tensor] = field(default_factory=list)
-    order: list[int] = field(default_factory=list)
-
-    @property
-    def road(self) -> str:
-        """``ahead`` of time, or ``jit``."""
-        return "ahead" if self.native is not None else "jit"
-
-    def run(self, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Call the graph; leaves as `Call.leaves` of a call with the entry's key."""
-        if self.native is not None:
-            results = self.native([*self.bound, *[leaves[i] for i in self.order]])
-        else:
-            results = self.code(*[_input(a, leaves) for a in self.arguments])
-        return [results[i] if kind == "graph" else leaves[i] for kind, i in self.outputs]
-
-    def lower_ahead(self, gm: torch.fx.GraphModule) -> None:
-        """Replace the captured graph's Python by a native package."""
-        kept = sizes_from_tensors(gm)
-        arguments = [self.arguments[i] for i in kept]
-        bound = [i for i, a in enumerate(arguments) if a.kind == "tensor"]
-        rest = [i for i, a in enumerate(arguments) if a.kind == "leaf"]
-        _reorder_inputs(gm, [*bound, *rest])
-        self.bound = [a.tensor for a in (arguments[i] for i in bound) if a.tensor is not None]
-        self.order = [arguments[i].leaf for i in rest]
-        try:
-            self.native = lower_ahead(gm)
-        except Exception as error:
-            raise AheadFault(error) from error
-
-
-def _input(argument: Argument, leaves: Sequence[torch.Tensor]) -> Any:
-    if argument.kind == "tensor":
-        return argument.tensor
-    leaf = leaves[argument.leaf]
-    return leaf if argument.kind == "leaf" else leaf.shape[argument.dim]
-
-
-def _reorder_inputs(gm: torch.fx.GraphModule, order: Sequence[int]) -> None:
-    """Move the inputs of ``gm`` into the given order: parameters in front, so that they are one list for all calls."""
-    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    body = next(n for n in gm.graph.nodes if n.op != "placeholder")
-    for i in order:
-        body.prepend(inputs[i])
-    gm.recompile()
-
-
 class InductorJit:
     """A backend of Dynamo by name: ``inductor``, ``aot_eager``, ``eager`` or any other."""
 
@@ -155,7 +41,6 @@ class InductorJit:
 
     def ahead(self, gm: torch.fx.GraphModule) -> bool:
         return False
-
 
     def jit(self) -> Lowering:
         return self
@@ -174,156 +59,3 @@ class AheadOfTime(InductorJit):
 def lower_with(backend: str, *, autotune: bool = False) -> Lowering:
     """The lowering for a backend name; ``inductor`` means packages where possible."""
     return AheadOfTime(backend, autotune=autotune) if backend == "inductor" else InductorJit(backend)
-
-
-def compile_call(
-    fn: Callable[..., tuple[torch.Tensor, ...]],
-    leaves: list[torch.Tensor],
-    labels: Sequence[Sequence[str | None]],
-    lowering: Lowering,
-    on_capture: Callable[[], None] = lambda: None,
-) -> CompiledGraph:
-    """Capture ``fn(*leaves)`` as one graph and lower it.
-
-    A graph that was to be lowered ahead of time and cannot be is captured once more for the JIT.
-
-    Args:
-        fn: a pure function of the leaves (besides bound parameters), returning a flat tuple of tensors.
-        leaves: the example; every label has one size >= 2 of its own.
-        labels: per leaf and dim, the label, or ``None`` for a static dim.
-        on_capture: called before each capture, to count it.
-
-    Raises:
-        Exception: whatever capture or lowering raises; the caller decides what it means.
-    """
-    try:
-        return _compile_once(fn, leaves, labels, lowering, on_capture)
-    except AheadFault as fault:
-        graph = _compile_once(fn, leaves, labels, lowering.jit(), on_capture)
-        graph.why_jit = fault.reason
-        return graph
-
-
-def _compile_once(
-    fn: Callable[..., tuple[torch.Tensor, ...]],
-    leaves: list[torch.Tensor],
-    labels: Sequence[Sequence[str | None]],
-    lowering: Lowering,
-    on_capture: Callable[[], None],
-) -> CompiledGraph:
-    on_capture()
-    catcher = _Catcher(leaves, lowering)
-    for leaf, names in zip(leaves, labels, strict=True):
-        for dim, label in enumerate(names):
-            if label is None:
-                torch._dynamo.mark_static(leaf, dim)
-            elif label.startswith(UNBACKED):
-                torch._dynamo.decorators.mark_unbacked(leaf, dim, shape_id=label)
-    with _capture_settings():
-        compiled = torch.compile(
-            _with_own_code(fn),
-            backend=catcher,
-            fullgraph=True,
-            dynamic=True,
-            options={"guard_filter_fn": catcher.drop_guards},
-        )
-        results = compiled(*leaves)
-        graph = catcher.finish(results)
-        if catcher.deferred is not None:
-            graph.lower_ahead(catcher.deferred)
-    return graph
-
-
-@contextmanager
-def _capture_settings() -> Iterator[None]:
-    """Integers and floats are constants of the trace, sizes are symbols that are never assumed to be 0 or 1."""
-    with ExitStack() as stack:
-        stack.enter_context(torch._dynamo.config.patch(specialize_int=True, specialize_float=True))
-        stack.enter_context(fx_config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
-        yield
-
-
-def _with_own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn`` with a code object that no other function has.
-
-    Dynamo files compiled code under the code object; with guards dropped, two entries that share one would be
-    taken for each other.
-    """
-    assert isinstance(fn, types.FunctionType)
-    code = fn.__code__.replace(co_name=f"{fn.__name__}_{next(_serial)}")
-    return types.FunctionType(code, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
-
-
-class _Catcher:
-    """A Dynamo backend that notes what was captured and lowers it."""
-
-    def __init__(self, leaves: list[torch.Tensor], lowering: Lowering) -> None:
-        self.leaves = leaves
-        self.lowering = lowering
-        self.guards: list[GuardRecord] = []
-        self.graph: CompiledGraph | None = None
-        self.deferred: torch.fx.GraphModule | None = None
-        self.outputs: Sequence[Any] = ()
-
-    def drop_guards(self, entries: Sequence[Any]) -> list[bool]:
-        self.guards = [GuardRecord(str(e.guard_type), str(e.name)) for e in entries]
-        return [False] * len(entries)
-
-    def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        assert self.graph is None, "a fullgraph capture yields one graph"
-        arguments = [self._argument(n) for n in gm.graph.nodes if n.op == "placeholder"]
-        env = tracing_shape_env()
-        metadata = [n.meta["example_value"] for n in gm.graph.nodes if n.op == "placeholder"]
-        shapes = {a.leaf: m.shape for a, m in zip(arguments, metadata, strict=True) if a.kind == "leaf"}
-        accepts = conditions_of(env, self.leaves, shapes)
-        readable = gm.print_readable(print_output=False)
-        sources = [_source_record(n) for n in gm.graph.nodes if n.op.startswith("call")]
-        if self.lowering.ahead(gm):
-            self.deferred = gm
-            code: Callable[..., Any] = gm.forward
-        else:
-            code = self.lowering(gm, example_inputs)
-        self.graph = CompiledGraph(code, arguments, [], accepts, self.guards, readable, sources)
-
-        def run_and_note(*inputs: Any) -> Any:
-            self.outputs = code(*inputs)
-            return self.outputs
-
-        return run_and_note
-
-    def _argument(self, node: torch.fx.Node) -> Argument:
-        example, source = graph_argument(node)
-        if isinstance(example, torch.Tensor):
-            for i, leaf in enumerate(self.leaves):
-                if leaf is example:
-                    return Argument("leaf", leaf=i)
-            return Argument("tensor", tensor=example)
-        place = leaf_dim_of_source(source)
-        assert place is not None, f"{node.name} is neither a tensor nor a size of a leaf"
-        return Argument("size", leaf=place[0], dim=place[1])
-
-    def finish(self, results: Sequence[torch.Tensor]) -> CompiledGraph:
-        assert self.graph is not None, "capture ended without a graph"
-        self.graph.guards = self.guards
-        self.graph.outputs = [self._output(r) for r in results]
-        return self.graph
-
-    def _output(self, result: torch.Tensor) -> tuple[str, int]:
-        """Graph output or leaf that ``result`` is: an alias of neither would be computed outside the graph."""
-        for i, out in enumerate(self.outputs):
-            if out is result:
-                return ("graph", i)
-        for i, leaf in enumerate(self.leaves):
-            if leaf is result:
-                return ("leaf", i)
-        raise RuntimeError("an output of the component is neither a result of the graph nor one of its inputs")
-
-
-def _source_record(node: torch.fx.Node) -> dict[str, Any]:
-    value = node.meta.get("example_value")
-    return {
-        "name": node.name,
-        "op": str(node.target),
-        "shape": [str(s) for s in value.shape] if isinstance(value, torch.Tensor) else None,
-        "stack": str(node.meta.get("stack_trace") or ""),
-    }

@@ -1,15 +1,45 @@
-"""From the configuration to the options of a region."""
+"""What a region does with its captures: how they are lowered, how many there may be, what a fault means."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
 from compile_policy.config import CompilationConfig
-from compile_policy.region import RegionOptions
+from compile_policy.entry import Entry
+from compile_policy.lowering import Lowering, lower_with
+
+if TYPE_CHECKING:
+    from compile_policy.region import Region
 
 
-def region_options(config: CompilationConfig) -> RegionOptions:
-    """Options of every region under ``config``; its dump writes to ``debug_dump_path``."""
-    if config.debug_dump_path is None:
-        return RegionOptions.from_config(config)
-    from compile_policy.graphs.dump import GraphDump  # depyf and its kin are loaded for those who dump
+class Dump(Protocol):
+    """Writes entries for people."""
 
-    return RegionOptions.from_config(config, GraphDump(config.debug_dump_path))
+    def recording(self) -> AbstractContextManager[None]: ...
+
+    def __call__(self, region: Region, entry: Entry) -> None: ...
+
+
+@dataclass(frozen=True)
+class RegionOptions:
+    """What the configuration says about a region."""
+
+    backend: str = "inductor"
+    max_entries: int = 8
+    on_budget: str = "warn"
+    on_fault: str = "eager"
+    autotune: bool = False
+    dump: Dump | None = None
+
+    @classmethod
+    def from_config(cls, config: CompilationConfig, dump: Dump | None = None) -> RegionOptions:
+        return cls(config.backend, config.max_entries, config.on_budget, config.on_fault, config.mode == 3, dump)
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Round a compile: what a dump has to watch while it happens."""
+        return nullcontext() if self.dump is None else self.dump.recording()
+
+    def lowering(self) -> Lowering:
+        return lower_with(self.backend, autotune=self.autotune)

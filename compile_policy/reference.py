@@ -11,10 +11,10 @@ import torch.utils._pytree as pytree
 
 from compile_policy import compat
 from compile_policy.call_key import CONSTANTS, Call, adapted, collect_state, rebuild
+from compile_policy.compiled import CompiledGraph
 from compile_policy.errors import NotCompilable
 from compile_policy.example import copies
 from compile_policy.fingerprint import difference, fingerprint
-from compile_policy.lowering import CompiledGraph
 
 #: Largest error of a compiled entry against eager on the example, relative to the largest value of the tensor.
 #: Fusion keeps intermediates in higher precision than eager does, so low precisions get room for a few roundings.

@@ -9,9 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import torch
 
@@ -21,13 +20,12 @@ from compile_policy.binder import Bound as Bound
 from compile_policy.binder import SignatureBinder as SignatureBinder
 from compile_policy.binder import StepBinder as StepBinder
 from compile_policy.call_key import Call, make_call
-from compile_policy.config import CompilationConfig
 from compile_policy.entry import Entry, ExampleUnfit, build_entry
 from compile_policy.errors import BudgetExceeded, CompileFault, NotCompilable
 from compile_policy.events import emit
 from compile_policy.example import examples
 from compile_policy.fingerprint import Fingerprint
-from compile_policy.lowering import Lowering, lower_with
+from compile_policy.options import RegionOptions as RegionOptions
 from compile_policy.plan import ComponentReport
 from compile_policy.reference import ChangesItself
 from compile_policy.shapes import Labels, pattern
@@ -37,37 +35,6 @@ _compile_lock = threading.RLock()
 compat.renew_after_fork(_compile_lock)
 _REMEDIES = {"InvalidCxxCompiler": "Install a C++ compiler such as g++, or name one in CXX."}
 Verdict = tuple[tuple[Any, ...], tuple[Any, ...]]
-
-
-class Dump(Protocol):
-    """Writes entries for people."""
-
-    def recording(self) -> AbstractContextManager[None]: ...
-
-    def __call__(self, region: Region, entry: Entry) -> None: ...
-
-
-@dataclass(frozen=True)
-class RegionOptions:
-    """What the configuration says about a region."""
-
-    backend: str = "inductor"
-    max_entries: int = 8
-    on_budget: str = "warn"
-    on_fault: str = "eager"
-    autotune: bool = False
-    dump: Dump | None = None
-
-    @classmethod
-    def from_config(cls, config: CompilationConfig, dump: Dump | None = None) -> RegionOptions:
-        return cls(config.backend, config.max_entries, config.on_budget, config.on_fault, config.mode == 3, dump)
-
-    def recording(self) -> AbstractContextManager[None]:
-        """Round a compile: what a dump has to watch while it happens."""
-        return nullcontext() if self.dump is None else self.dump.recording()
-
-    def lowering(self) -> Lowering:
-        return lower_with(self.backend, autotune=self.autotune)
 
 
 class PassingObstacle(NotCompilable):

@@ -31,7 +31,7 @@ from compile_policy.graphs import Dump, GraphDump, folder
 from compile_policy.graphs.compat import structured_trace
 from compile_policy.graphs.kernels import kernels_of
 from compile_policy.graphs.text import file_name
-from compile_policy.options import region_options
+from compile_policy.configured import region_options
 from compile_policy.region import Region, RegionOptions, SignatureBinder
 from compile_policy_transformers.decoder import DecoderBinder
 from compile_policy_transformers.tiny import tiny_inputs, tiny_model

@@ -1,4 +1,4 @@
-"""The synthetic call: sizes of its own for every label, values that repeat, copies that protect the caller's tensors."""
+"""The synthetic call: sizes of its own for every label, values that repeat, copies that protect the caller."""
 
 from __future__ import annotations
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from compile_policy.lowering import CompiledGraph, compile_call, lower_with
+from compile_policy.capture import compile_call
+from compile_policy.compiled import CompiledGraph
+from compile_policy.lowering import lower_with
 from compile_policy.region import Region, RegionOptions, SignatureBinder
 
 EAGER = lower_with("eager")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+
 import torch
 from transformers import PreTrainedConfig
 
 from compile_policy.config import CompilationConfig
+from compile_policy.configured import region_options
 from compile_policy.decorators import ClassPolicy, decorated, policy_of, use_config
 from compile_policy.errors import PolicyWarning
-from compile_policy.options import region_options
 from compile_policy.plan import Component, Plan
 from compile_policy.region import Binder, Region, region_of
 from compile_policy_transformers import compat

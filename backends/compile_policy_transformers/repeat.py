@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from compile_policy.call_key import Call, metadata_of
+from compile_policy.call_key import metadata_of
 from compile_policy.entry import Entry
 from compile_policy_transformers.caches import CacheCall, states_to_keep
 

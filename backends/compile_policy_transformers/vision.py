@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from compile_policy import compat as torch_compat
 from compile_policy.errors import NotCompilable
 from compile_policy.region import Bound
 from compile_policy.shapes import Labels
@@ -62,7 +61,7 @@ def record_layout(tower: torch.nn.Module, *args: Any, **kwargs: Any) -> dict[str
     record: dict[str, Any] = {}
     with _prologue_lock, _recording(namespace, record), _stopping(tower):
         try:
-            torch_compat.plain_call(tower, *args, **kwargs)
+            tower.forward(*args, **kwargs)  # hooks of the tower itself run round the whole call
         except _Reached:
             return {k: _ANY_LENGTH if isinstance(v, int) else v for k, v in record.items() if v is not None}
     raise NotCompilable(f"{type(tower).__name__} computes without calling a sub-module")

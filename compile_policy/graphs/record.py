@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from compile_policy.compiled import Argument
 from compile_policy.entry import Entry
 from compile_policy.graphs.source import Op
-from compile_policy.lowering import Argument
 from compile_policy.region import Region
 
 _PLACE = re.compile(r"s\[(\d+)\]\[(\d+)\]")

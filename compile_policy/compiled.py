@@ -1,0 +1,110 @@
+"""A lowered graph, and how it is called flat: parameters bound, sizes read off the leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from compile_policy.ahead import lower_ahead, sizes_from_tensors
+from compile_policy.predicate import ShapeConditions
+
+
+class AheadFault(Exception):
+    """Lowering ahead of time failed; ``reason`` says why."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
+
+@dataclass(frozen=True)
+class GuardRecord:
+    """A guard that Dynamo would have evaluated at every call."""
+
+    kind: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Argument:
+    """Where one input of the graph comes from: a bound tensor, a leaf of the call, or a size of a leaf."""
+
+    kind: str  # "tensor" | "leaf" | "size"
+    tensor: torch.Tensor | None = None
+    leaf: int = 0
+    dim: int = 0
+
+
+@dataclass
+class CompiledGraph:
+    """A lowered graph with all that is needed to call it flat.
+
+    Attributes:
+        code: takes the graph's inputs in order, returns its outputs.
+        arguments: the source of each input.
+        outputs: for every tensor of the traced function's result: ``("graph", i)`` or ``("leaf", i)``.
+        accepts: the sizes for which the graph holds.
+        guards: what Dynamo would have guarded on.
+        readable: the captured graph as Python text with source comments.
+        sources: per operation of the captured graph its module, name, target, shape and where the model wrote it.
+        why_jit: why a graph was not lowered ahead of time although that was tried; empty otherwise.
+        native: the package, when lowered ahead of time; takes ``bound`` and then the leaves in ``order``.
+    """
+
+    code: Callable[..., Any]
+    arguments: list[Argument]
+    outputs: list[tuple[str, int]]
+    accepts: ShapeConditions
+    guards: list[GuardRecord] = field(default_factory=list)
+    readable: str = ""
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    why_jit: str = ""
+    native: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None
+    bound: list[torch.Tensor] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
+
+    @property
+    def road(self) -> str:
+        """``ahead`` of time, or ``jit``."""
+        return "ahead" if self.native is not None else "jit"
+
+    def run(self, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Call the graph; leaves as `Call.leaves` of a call with the entry's key."""
+        if self.native is not None:
+            results = self.native([*self.bound, *[leaves[i] for i in self.order]])
+        else:
+            results = self.code(*[_input(a, leaves) for a in self.arguments])
+        return [results[i] if kind == "graph" else leaves[i] for kind, i in self.outputs]
+
+    def lower_ahead(self, gm: torch.fx.GraphModule) -> None:
+        """Replace the captured graph's Python by a native package."""
+        kept = sizes_from_tensors(gm)
+        arguments = [self.arguments[i] for i in kept]
+        bound = [i for i, a in enumerate(arguments) if a.kind == "tensor"]
+        rest = [i for i, a in enumerate(arguments) if a.kind == "leaf"]
+        _reorder_inputs(gm, [*bound, *rest])
+        self.bound = [a.tensor for a in (arguments[i] for i in bound) if a.tensor is not None]
+        self.order = [arguments[i].leaf for i in rest]
+        try:
+            self.native = lower_ahead(gm)
+        except Exception as error:
+            raise AheadFault(error) from error
+
+
+def _input(argument: Argument, leaves: Sequence[torch.Tensor]) -> Any:
+    if argument.kind == "tensor":
+        return argument.tensor
+    leaf = leaves[argument.leaf]
+    return leaf if argument.kind == "leaf" else leaf.shape[argument.dim]
+
+
+def _reorder_inputs(gm: torch.fx.GraphModule, order: Sequence[int]) -> None:
+    """Move the inputs of ``gm`` into the given order: parameters in front, so that they are one list for all calls."""
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    body = next(n for n in gm.graph.nodes if n.op != "placeholder")
+    for i in order:
+        body.prepend(inputs[i])
+    gm.recompile()
