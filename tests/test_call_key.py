@@ -43,7 +43,7 @@ class Colour(enum.Enum):
 
 
 class Level(enum.IntEnum):
-    ONE = 1  # noqa: PIE796 (an alias on purpose)
+    ONE = 1
 
 
 @pytest.mark.parametrize(

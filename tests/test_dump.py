@@ -25,13 +25,13 @@ import torch._inductor.config as inductor
 from filelock import FileLock
 
 from compile_policy.config import CompilationConfig
+from compile_policy.configured import region_options
 from compile_policy.errors import InputError
 from compile_policy.events import Event, listening
 from compile_policy.graphs import Dump, GraphDump, folder
 from compile_policy.graphs.compat import structured_trace
 from compile_policy.graphs.kernels import kernels_of
 from compile_policy.graphs.text import file_name
-from compile_policy.configured import region_options
 from compile_policy.region import Region, RegionOptions, SignatureBinder
 from compile_policy_transformers.decoder import DecoderBinder
 from compile_policy_transformers.tiny import tiny_inputs, tiny_model
