@@ -277,7 +277,8 @@ def test_a_changed_mask_counts_in_mid_sequence(models: dict[str, PreTrainedModel
     inputs = tiny_inputs(model, text_len=10, batch=2)
     ids, token = inputs["input_ids"], inputs["input_ids"][:, -1:]
     usual, other = torch.ones(2, 12, dtype=torch.long), torch.ones(2, 12, dtype=torch.long)
-    other[:, 3:6] = 0
+    usual[1, :4] = other[1, :4] = 0  # left padding
+    other[:, 5:8] = 0
 
     @torch.no_grad()
     def steps(mask: torch.Tensor, edit: Any) -> torch.Tensor:
@@ -300,4 +301,5 @@ def test_a_changed_mask_counts_in_mid_sequence(models: dict[str, PreTrainedModel
         got = steps(mask, change)
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
         results.append(got)
+    results.append(steps(torch.ones_like(usual), lambda _: None))
     assert all(not torch.allclose(results[0], r, atol=1e-2) for r in results[1:]), "the changes make no difference"
