@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from compile_policy.config import CompilationConfig
 from compile_policy.errors import InputError, PolicyError
@@ -89,7 +90,15 @@ def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def load_processor(name: str | None = None) -> Any:
     """The processor of a model (the embedded one without a name): pictures and text to inputs, ids to text."""
-    return AutoProcessor.from_pretrained(str(EMBEDDED) if name is None else name)
+    if name is not None:
+        return AutoProcessor.from_pretrained(name)
+    # Transformers remarks on how its own PaddleOCRVLProcessor is written; nobody who loads our model can act on it.
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        return AutoProcessor.from_pretrained(str(EMBEDDED))
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def plan(model: Any = None, *, config: CompilationConfig | None = None) -> Plan:
