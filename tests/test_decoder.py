@@ -225,3 +225,28 @@ def test_inductor(model_type: str, cache: str | None) -> None:
     for name, inputs, how in _requests(model):
         assert torch.equal(_generate(model, inputs, cache, **how), want[name]), name
     _assert_graphs(model, 1)
+
+
+def test_bidirectional_prompt() -> None:
+    """Without a picture PaliGemma sees its whole prompt at once: that call runs eager and says why, the answer is
+    eager's, and the single tokens after it are compiled."""
+    model = tiny_model("paligemma")
+    want = {name: _generate(model, inputs, None, **how) for name, inputs, how in _requests(model)}
+    _apply(model)
+    for name, inputs, how in _requests(model):
+        assert torch.equal(_generate(model, inputs, None, **how), want[name]), name
+    row = _decoder(model)
+    assert row.fallback is not None and "bidirectional" in row.fallback
+    assert row.graphs == 1 and 0 < row.eager_calls < len(want)
+
+
+def test_unknown_cache_layers() -> None:
+    """A cache that the policy cannot pass to a graph runs eager with a reason that names its layer."""
+    model = tiny_model("qwen3_5")
+    inputs = tiny_inputs(model, text_len=9, images=[(56, 84)])
+    want = _generate(model, inputs, None)
+    _apply(model)
+    assert torch.equal(_generate(model, inputs, None), want)
+    row = _decoder(model)
+    assert row.fallback is not None and "LinearAttentionLayer" in row.fallback
+    assert (row.graphs, row.eager_calls) == (0, NEW_TOKENS)

@@ -215,6 +215,8 @@ class _CacheAdapter:
 
     @staticmethod
     def _add(layer: Any, out: Leaves, path: str, length: str, *, mutable: bool = False) -> None:
+        if layer.keys is None:
+            raise NotCompilable("a layer of the cache holds no states yet, such as those of cross-attention")
         for name in ("keys", "values"):
             out.add(getattr(layer, name), f"{path}.{name}", ("batch", None, length, None), mutable=mutable)
 

@@ -189,6 +189,10 @@ class DecoderBinder:
         return _arranged(made, cache, sliding=_all_sliding(cache))
 
     def _created(self, mask: torch.Tensor | None, embeds: torch.Tensor, cache: Cache | None) -> Any:
+        bidirectional = getattr(self.config, "use_bidirectional_attention", False)
+        if embeds.shape[1] > 1 and bidirectional in (True, "all"):
+            # Eager then attends by what each attention module says of itself; a single token has no future to see.
+            raise NotCompilable("its attention is bidirectional, and the model gave no mask for this call")
         return create_masks_for_generate(self.mask_config, embeds, mask, cache)
 
 
