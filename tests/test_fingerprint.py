@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import nn
 
 from compile_policy import events
 from compile_policy.fingerprint import Fingerprint, difference, fingerprint
+from compile_policy.layers import PluggableLayer
+from compile_policy.layers.registry import registry_scope
 from compile_policy.region import Region, RegionOptions, SignatureBinder
 
 
@@ -254,3 +257,35 @@ def test_a_table_built_in_the_first_call_is_no_obstacle() -> None:
     for _ in range(3):
         assert torch.equal(ours(x), Caches()(x))
     assert ours.fallback is None and ours.graphs <= 2
+
+
+def test_an_override_of_a_layer_makes_a_new_graph_and_is_named() -> None:
+    """What is registered as replaced is part of the structure, even before an instance is replaced."""
+    model = Model()
+    region = Region(
+        model, role="component", binder=SignatureBinder.inferred(Block), options=RegionOptions(backend="eager")
+    )
+    told: list[str] = []
+    x = torch.randn(3, 4)
+    with registry_scope(), region_attached(region), events.listening(lambda e: told.append(f"{e.kind} {e.message}")):
+        want = model(x)
+
+        class Layer(PluggableLayer):
+            pass
+
+        @Layer.register_oot
+        class Faster(Layer):
+            pass
+
+        assert torch.equal(model(x), want)
+        assert region.graphs == 2
+        assert any(t.startswith("new_entry") and "registry of layers" in t for t in told)
+
+
+@contextmanager
+def region_attached(region: Region) -> Iterator[None]:
+    region.attach()
+    try:
+        yield
+    finally:
+        region.detach()

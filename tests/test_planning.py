@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from compile_policy.config import CompilationConfig
 from compile_policy.errors import PolicyWarning, UnsupportedModelError
+from compile_policy.layers import PluggableLayer
+from compile_policy.layers.registry import registry_scope
 from compile_policy.plan import Component, Plan
 from compile_policy_transformers.components import meta_model
 from compile_policy_transformers.planning import AUTO_COMPILE_NOTE, make_plan
@@ -185,3 +187,18 @@ def test_plan_is_plain_data() -> None:
         "reason": "the language decoder is always compiled",
         "remedy": "",
     }
+
+
+def test_overrides_of_layers_are_notes_of_the_plan() -> None:
+    """A plan says which layers are replaced by what."""
+    with registry_scope():
+
+        class Layer(PluggableLayer):
+            pass
+
+        @Layer.register_oot
+        class Faster(Layer):
+            pass
+
+        notes = make_plan(tiny_model("llama"), CompilationConfig()).notes
+    assert any("Layer is replaced by" in note and "Faster" in note for note in notes)
