@@ -89,7 +89,7 @@ class CompilationConfig(BaseModel):
     """What happens beyond the budget: new calls run eager, raise `BudgetExceeded`, or compile with a warning."""
 
     verify_calls: float = Field(default=0.0, ge=0)
-    """A number of calls (1 or more), or a rate (below 1), to compare with eager. Reserved: no effect yet, warns."""
+    """The sentinel: a number of calls (1 or more), or a rate (below 1), that are compared with eager while in use."""
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 

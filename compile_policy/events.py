@@ -20,7 +20,12 @@ logger.addHandler(logging.NullHandler())
 
 Sink = Callable[["Event"], None]
 
-_LEVELS = {"fallback": logging.WARNING, "budget": logging.WARNING, "skipped": logging.WARNING}
+_LEVELS = {
+    "sentinel": logging.WARNING,
+    "fallback": logging.WARNING,
+    "budget": logging.WARNING,
+    "skipped": logging.WARNING,
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Event:
 
     Attributes:
         kind: ``attached``, ``removed``, ``compile_start``, ``compile_end``, ``new_entry``, ``fallback``,
-            ``budget``, ``eager_call``, ``skipped`` or ``note``.
+            ``budget``, ``sentinel``, ``eager_call``, ``skipped`` or ``note``.
         component: role and path of the component, such as ``decoder model.language_model``; empty for the model.
         message: one sentence for people.
         data: the same for programs; JSON-serialisable.

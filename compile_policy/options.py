@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from compile_policy.config import CompilationConfig
 from compile_policy.entry import Entry
 from compile_policy.lowering import Lowering, lower_with
+from compile_policy.sentinel import Sentinel
 
 
 class Dump(Protocol):
@@ -29,10 +30,19 @@ class RegionOptions:
     on_fault: str = "eager"
     autotune: bool = False
     dump: Dump | None = None
+    sentinel: Sentinel | None = None
 
     @classmethod
     def from_config(cls, config: CompilationConfig, dump: Dump | None = None) -> RegionOptions:
-        return cls(config.backend, config.max_entries, config.on_budget, config.on_fault, config.mode == 3, dump)
+        return cls(
+            backend=config.backend,
+            max_entries=config.max_entries,
+            on_budget=config.on_budget,
+            on_fault=config.on_fault,
+            autotune=config.mode == 3,
+            dump=dump,
+            sentinel=Sentinel(config.verify_calls) if config.verify_calls else None,
+        )
 
     def recording(self) -> AbstractContextManager[None]:
         """Round a compile: what a dump has to watch while it happens."""

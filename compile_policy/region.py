@@ -28,6 +28,7 @@ from compile_policy.fingerprint import Fingerprint
 from compile_policy.options import RegionOptions as RegionOptions
 from compile_policy.plan import ComponentReport
 from compile_policy.reference import ChangesItself
+from compile_policy.sentinel import disagreement
 from compile_policy.shapes import Labels, pattern
 
 # Dynamo is not safe to enter from two threads; one capture at a time in the whole process.
@@ -62,6 +63,7 @@ class Region:
         self.reason = reason
         self.entries: dict[tuple[Any, ...], list[Entry]] = {}
         self.refused: dict[Verdict, str] = {}
+        self.condemned = ""  # by the sentinel
         self.changes_itself: dict[bool, str] = {}  # by training flag
         self.fingerprint = Fingerprint(module)
         self.steps = binder if isinstance(binder, StepBinder) else None
@@ -82,7 +84,7 @@ class Region:
         if torch.compiler.is_dynamo_compiling() or self.forced_eager or getattr(self._building, "now", False):
             return compat.plain_call(self.module, *args, **kwargs)
         self.calls += 1
-        obstacle = compat.eager_only(self.module) or self.changes_itself.get(self.module.training, "")
+        obstacle = self.condemned or compat.eager_only(self.module) or self.changes_itself.get(self.module.training, "")
         if obstacle:
             return self._eager(NotCompilable(obstacle), None, compat.plain_call, self.module, *args, **kwargs)
         if compat.has_hooks(self.module):
@@ -90,7 +92,8 @@ class Region:
         return self._run(args, kwargs)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.steps is not None and not args:
+        sampled = self.options.sentinel is not None and self.options.sentinel.due()
+        if self.steps is not None and not args and not sampled:
             modes = self._modes()
             found = self.steps.step(self.module, kwargs, modes)
             if found is not None:
@@ -102,6 +105,8 @@ class Region:
         try:
             call = self._bind(args, kwargs)
             entry = self._find(call) or self._compile(call)
+            if sampled:
+                self._compare(call, entry)
             result = self._guarded(entry, call)
         except NotCompilable as reason:
             why = reason
@@ -110,6 +115,19 @@ class Region:
                 self.steps.ran(kwargs, call, entry, self._modes())
             return result
         return self._eager(why, call, self.module.forward, *args, **kwargs)
+
+    def _compare(self, call: Call, entry: Entry) -> None:
+        """Compare a sampled call with eager; a component that is wrong once runs eager from then on."""
+        self._building.now = True
+        try:
+            with self.binder.tracing(self.module):
+                reason = disagreement(self.module, call, entry)
+        finally:
+            self._building.now = False
+        if reason:
+            self.condemned = reason
+            emit("sentinel", self.name, f"turned off: {reason}", reason=reason, calls=self.calls)
+            raise NotCompilable(reason, remedy="Report the model and the versions; it runs eager until then.")
 
     @staticmethod
     def _guarded(entry: Entry, call: Call) -> Any:
