@@ -170,6 +170,11 @@ def test_no_compiler_is_a_warning_and_eager(tmp_path: Path) -> None:
     assert _component(found, "decoder")["fallback"]
 
 
+def listen_to_interrupts() -> None:
+    """A shell starts its background jobs, and so perhaps these tests, deaf to Ctrl-C; the child is not to be."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupt_while_compiling() -> None:
     """Ctrl-C during a compile ends the run with 130 and one word, not with a fallback and not with a traceback."""
     process = subprocess.Popen(
@@ -178,6 +183,7 @@ def test_interrupt_while_compiling() -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=listen_to_interrupts,
     )
     assert process.stderr is not None
     while not process.stderr.readline().startswith("compiling"):

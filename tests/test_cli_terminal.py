@@ -235,6 +235,12 @@ def test_interrupt() -> None:
     """Ctrl-C ends with 130 and one word."""
     code = "import signal, sys, compile_policy.cli.app as a; a.config\n"
     code += "a.parse_flags = lambda words: signal.raise_signal(signal.SIGINT)\nsys.exit(a.main(['config']))"
-    ran = subprocess.run([sys.executable, "-c", code], env=_environment(), capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job is started deaf to it
+    )
     assert ran.returncode == 128 + signal.SIGINT
     assert ran.stderr == "interrupted\n"
