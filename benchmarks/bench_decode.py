@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -133,12 +135,13 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="replace the section in benchmarks/RESULTS.md")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # first answers are cold ones
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 64  # contenders share code objects, and with them the limit
     model = build(options.layers, options.hidden)
     lines = [
         f"{options.layers} layers, hidden {options.hidden}, {options.tokens} tokens, one thread, CPU, float32, torch "
-        f"{torch.__version__}; median of {options.rounds} interleaved rounds.",
+        f"{torch.__version__}; median of {options.rounds} interleaved rounds; compile caches empty at the start.",
         "",
     ]
     for cache in ("dynamic", "static"):
