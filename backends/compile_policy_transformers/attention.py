@@ -8,7 +8,7 @@ that is how Transformers' vision towers decide to hand over the lengths.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -206,6 +206,3 @@ def configs_below(module: torch.nn.Module) -> list[PreTrainedConfig]:
         if isinstance(config, PreTrainedConfig):
             found[id(config)] = config
     return list(found.values())
-
-
-MaskFactory = Callable[..., Any]
