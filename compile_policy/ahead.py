@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from compile_policy import compat
+from compile_policy.program import Package, Program, Segment
 
 _OPTIONS: dict[str, Any] = {
     "aot_inductor.package": True,
@@ -42,7 +42,7 @@ def sizes_from_tensors(gm: torch.fx.GraphModule) -> list[int]:
     Returns:
         The positions of the inputs that are left: the tensors.
     """
-    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    inputs = _inputs(gm)
     tensors = [n for n in inputs if isinstance(n.meta["example_value"], torch.Tensor)]
     places: dict[Any, tuple[torch.fx.Node, int]] = {}
     for node in tensors:
@@ -63,15 +63,21 @@ def sizes_from_tensors(gm: torch.fx.GraphModule) -> list[int]:
     return kept
 
 
-def lower_ahead(gm: torch.fx.GraphModule) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
-    """Compile ``gm``, whose inputs are all tensors, and load the package.
+def lower_ahead(gm: torch.fx.GraphModule) -> Program:
+    """Compile ``gm``, whose inputs are all tensors, to one package: a program with one segment."""
+    package, n_inputs = make_package(gm), len(_inputs(gm))
+    results = tuple(range(n_inputs, n_inputs + len(gm.graph.output_node().args[0])))  # type: ignore[arg-type]
+    return Program([package], [Segment(0, tuple(range(n_inputs)), results)], results, n_inputs)
 
-    Returns:
-        A function of the list of inputs (which it empties) that returns the list of outputs.
-    """
-    inputs = tuple(n.meta["example_value"] for n in gm.graph.nodes if n.op == "placeholder")
+
+def make_package(gm: torch.fx.GraphModule) -> Package:
+    """Compile ``gm``, whose inputs are all tensors, and load the package."""
     with tempfile.TemporaryDirectory(prefix="compile_policy_") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own pickling of its tree specs
-        package = Path(folder) / "graph.pt2"
-        compat.write_package(gm, inputs, str(package), _OPTIONS)
-        return compat.load_package(str(package))
+        path = Path(folder) / "graph.pt2"
+        compat.write_package(gm, tuple(n.meta["example_value"] for n in _inputs(gm)), str(path), _OPTIONS)
+        return Package(path.read_bytes(), compat.load_package(str(path)))
+
+
+def _inputs(gm: torch.fx.GraphModule) -> list[torch.fx.Node]:
+    return [n for n in gm.graph.nodes if n.op == "placeholder"]

@@ -10,6 +10,7 @@ import torch
 
 from compile_policy.ahead import lower_ahead, sizes_from_tensors
 from compile_policy.predicate import ShapeConditions
+from compile_policy.program import Program
 
 
 class AheadFault(Exception):
@@ -51,7 +52,7 @@ class CompiledGraph:
         readable: the captured graph as Python text with source comments.
         sources: per operation of the captured graph its module, name, target, shape and where the model wrote it.
         why_jit: why a graph was not lowered ahead of time although that was tried; empty otherwise.
-        native: the package, when lowered ahead of time; takes ``bound`` and then the leaves in ``order``.
+        program: the native packages, when lowered ahead of time; takes ``bound`` and then the leaves in ``order``.
     """
 
     code: Callable[..., Any]
@@ -62,19 +63,19 @@ class CompiledGraph:
     readable: str = ""
     sources: list[dict[str, Any]] = field(default_factory=list)
     why_jit: str = ""
-    native: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None
+    program: Program | None = None
     bound: list[torch.Tensor] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
 
     @property
     def road(self) -> str:
         """``ahead`` of time, or ``jit``."""
-        return "ahead" if self.native is not None else "jit"
+        return "ahead" if self.program is not None else "jit"
 
     def run(self, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Call the graph; leaves as `Call.leaves` of a call with the entry's key."""
-        if self.native is not None:
-            results = self.native([*self.bound, *[leaves[i] for i in self.order]])
+        if self.program is not None:
+            results = self.program.run([*self.bound, *[leaves[i] for i in self.order]])
         else:
             results = self.code(*[_input(a, leaves) for a in self.arguments])
         return [results[i] if kind == "graph" else leaves[i] for kind, i in self.outputs]
@@ -89,7 +90,7 @@ class CompiledGraph:
         self.bound = [a.tensor for a in (arguments[i] for i in bound) if a.tensor is not None]
         self.order = [arguments[i].leaf for i in rest]
         try:
-            self.native = lower_ahead(gm)
+            self.program = lower_ahead(gm)
         except Exception as error:
             raise AheadFault(error) from error
 

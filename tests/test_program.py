@@ -1,0 +1,86 @@
+"""Lowered code as data: slots, segments, shared packages, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import weakref
+
+import pytest
+import torch
+
+from compile_policy.program import Package, Program, Segment
+
+
+def _package(fn: object) -> Package:
+    return Package(b"", lambda inputs: [t.clone() for t in fn(*inputs)])  # type: ignore[operator]
+
+
+ADD = _package(lambda a, b: (a + b,))
+SPLIT = _package(lambda a: (a * 2, a * 3))
+
+
+def _chain() -> Program:
+    """(w, x) -> x+w, then +w again, then (2y, 3y), then their sum; returns the sum and x itself."""
+    segments = [
+        Segment(0, (0, 1), (2,)),
+        Segment(0, (0, 2), (3,)),
+        Segment(1, (3,), (4, 5)),
+        Segment(0, (4, 5), (6,)),
+    ]
+    return Program([ADD, SPLIT], segments, (6, 1), 2)
+
+
+def test_segments_share_a_package_and_pass_slots_on() -> None:
+    """Every result lands in its own slot, whichever segment made it, and inputs can be results."""
+    w, x = torch.rand(3), torch.rand(3)
+    for _ in range(2):
+        total, same = _chain().run([w, x])
+        torch.testing.assert_close(total, 5 * (x + 2 * w))
+        assert same is x
+
+
+def test_intermediate_results_are_let_go() -> None:
+    """A result is alive from its segment to its last use, and one that nothing uses is let go at once."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    counts: list[int] = []
+
+    def noted(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        made = [inputs[-1] + 1, inputs[-1] + 2]
+        inputs.clear()
+        counts.append(sum(r() is not None for r in alive))
+        alive.extend(weakref.ref(t) for t in made)
+        return made
+
+    chain = [Segment(0, (0 if i == 0 else 2 * i - 1,), (2 * i + 1, 2 * i + 2)) for i in range(5)]
+    (result,) = Program([Package(b"", noted)], chain, (9,), 1).run([torch.rand(3)])
+    assert counts == [0, 1, 1, 1, 1]
+    assert [r() is not None for r in alive].count(True) == 1 and alive[-2]() is result
+
+
+def test_a_program_travels_as_json() -> None:
+    """The description without the packages survives JSON and runs the same."""
+    program = _chain()
+    again = Program.from_dict(json.loads(json.dumps(program.to_dict())), program.packages)
+    assert again.segments == program.segments and again.outputs == program.outputs
+    w, x = torch.rand(3), torch.rand(3)
+    torch.testing.assert_close(again.run([w, x])[0], program.run([w, x])[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"segments": [[2, [0], [2]]]}, "package 2 of 2"),
+        ({"segments": [[-1, [0], [2]]]}, "package -1 of 2"),
+        ({"segments": [[0, [0, 2], [2]]]}, "not filled yet"),
+        ({"segments": [[0, [0, -1], [2]]]}, "not filled yet"),
+        ({"segments": [[0, [0, 1], [3]]]}, "wrong slots"),
+        ({"outputs": [9]}, "nothing fills"),
+        ({"segments": [[0, [0, 1]]]}, "not the description"),
+        ({"n_inputs": None}, "not the description"),
+    ],
+)
+def test_a_damaged_description_is_refused(change: dict[str, object], message: str) -> None:
+    """Slots that do not exist, results that would overwrite others, packages that are not there: all before a run."""
+    data = _chain().to_dict() | change
+    with pytest.raises(ValueError, match=message):
+        Program.from_dict(data, [ADD, SPLIT])
