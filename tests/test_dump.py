@@ -99,7 +99,8 @@ def _dumped(tmp_path: Path, **options: Any) -> tuple[Region, Path, dict[str, Any
 def test_files_of_an_entry(tmp_path: Path) -> None:
     """Every file that the index names exists, is the owner's alone, and the Python ones are Python."""
     _, folder, record = _dumped(tmp_path)
-    assert set(record["files"]) == {"captured", "conditions", "guards", "ops", "aot_inference_graph", "bytecode"}
+    written = {"captured", "conditions", "guards", "inputs", "ops", "sources", "aot_inference_graph", "bytecode"}
+    assert set(record["files"]) == written
     for name in record["files"].values():
         assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
     for path in (tmp_path / "dump").rglob("*"):

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -22,9 +22,11 @@ from compile_policy.events import emit
 from compile_policy.graphs.bytecode import decompile, disassemble
 from compile_policy.graphs.captured import captured_text
 from compile_policy.graphs.folder import DumpFolder, EntryFolder
-from compile_policy.graphs.record import conditions_text, entry_record, input_names
+from compile_policy.graphs.inputs import input_names, input_rows, symbols_of
+from compile_policy.graphs.record import conditions_text, entry_record
 from compile_policy.graphs.recording import Recording, record
-from compile_policy.graphs.source import Op, ops_of
+from compile_policy.graphs.source import Op, ops_of, surroundings
+from compile_policy.graphs.values import values_of
 from compile_policy.region import Region
 
 MAX_BYTES = 256 * 1024 * 1024
@@ -84,30 +86,46 @@ class GraphDump:
     def _write(self, region: Region, entry: Entry, recording: Recording) -> None:
         folder = self._folder.new_entry(region.name)
         try:
-            ops = ops_of(entry.graph.sources)
-            details = entry_record(region, entry, recording.example, ops)
-            self._write_graphs(folder, region, entry, recording, ops)
+            values = values_of(entry.graph.readable)
+            ops = ops_of(entry.graph.sources, values)
+            names = input_names(region, entry)
+            rows = input_rows(names, entry, values)
+            symbols = symbols_of(rows, entry, recording.example)
+            details = {**entry_record(region, entry, recording.example, ops), "symbols": symbols}
+            self._write_captured(folder, region, entry, ops, names, symbols)
+            folder.write("ops", "ops.json", _rows(op.to_dict() for op in ops))
+            folder.write("inputs", "inputs.json", _rows(rows))
+            folder.write("sources", "sources.json", json.dumps(surroundings(entry.graph.sources), indent=1))
+            folder.write("conditions", "conditions.txt", conditions_text(entry))
+            folder.write("guards", "guards.json", _guards(entry))
+            self._write_lowered(folder, recording)
             self._write_bytecode(folder, recording)
             self._folder.publish(folder, self._described(folder, details))
         except BaseException:
             folder.discard()
             raise
 
-    def _write_graphs(
-        self, folder: EntryFolder, region: Region, entry: Entry, recording: Recording, ops: list[Op]
+    def _write_captured(
+        self,
+        folder: EntryFolder,
+        region: Region,
+        entry: Entry,
+        ops: list[Op],
+        names: list[str],
+        symbols: dict[str, dict[str, Any]],
     ) -> None:
         title = (
             f"{region.name} ({type(region.module).__name__}), {folder.id.rpartition('/')[2]}: "
             f"{len(ops)} operations, compiled in {entry.seconds:.1f} s with {region.options.backend}",
             "The graph as it was captured, before anything was optimised; beside each operation the line it is from.",
         )
-        text = captured_text(title, entry.graph.readable, input_names(region, entry), ops)
-        folder.write("captured", "captured.py", text)
-        folder.write("conditions", "conditions.txt", conditions_text(entry))
-        folder.write("guards", "guards.json", _guards(entry))
-        folder.write("ops", "ops.json", json.dumps([op.to_dict() for op in ops], indent=1))
+        labels = {symbol: str(known["label"]) for symbol, known in symbols.items() if known["label"]}
+        folder.write("captured", "captured.py", captured_text(title, entry.graph.readable, names, ops, labels))
+
+    def _write_lowered(self, folder: EntryFolder, recording: Recording) -> None:
         for name, lowered in recording.lowered().items():
             folder.write(name.partition(".")[0], f"lowered/{name}", lowered)
+        folder.notes += recording.notes
 
     def _write_bytecode(self, folder: EntryFolder, recording: Recording) -> None:
         if not recording.bytecode:
@@ -130,6 +148,11 @@ class GraphDump:
             "bytes": folder.bytes,
             "notes": folder.notes,
         }
+
+
+def _rows(rows: Iterable[dict[str, Any]]) -> str:
+    """A list with one row a line."""
+    return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
 
 
 def _guards(entry: Entry) -> str:

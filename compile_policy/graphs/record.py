@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from compile_policy.compiled import Argument
 from compile_policy.entry import Entry
 from compile_policy.graphs.source import Op
 from compile_policy.region import Region
@@ -33,6 +32,7 @@ def entry_record(region: Region, entry: Entry, example: dict[int, list[int]], op
         "key": _key(entry),
         "arguments": _arguments(entry, example),
         "labels": _labels(entry, example),
+        "modules": _modules(region, ops),
         "inputs": {kind: kinds[kind] for kind in ("leaf", "size", "tensor")},
         "outputs": len(entry.graph.outputs),
         "ops": len(ops),
@@ -100,6 +100,12 @@ def _arguments(entry: Entry, example: dict[int, list[int]]) -> list[dict[str, An
     return rows
 
 
+def _modules(region: Region, ops: Sequence[Op]) -> dict[str, str]:
+    """Module below the component -> its class, of those that operations are from."""
+    known = {name: type(module).__name__ for name, module in region.module.named_modules()}
+    return {name: known[name] for name in dict.fromkeys(op.module for op in ops) if name in known}
+
+
 def _labels(entry: Entry, example: dict[int, list[int]]) -> dict[str, int | None]:
     """label -> size in the example that was traced, where it is known."""
     labels: dict[str, int | None] = {}
@@ -108,24 +114,6 @@ def _labels(entry: Entry, example: dict[int, list[int]]) -> dict[str, int | None
             if name is not None:
                 labels[name] = labels.get(name) or (example[i][dim] if i in example else None)
     return labels
-
-
-def input_names(region: Region, entry: Entry) -> list[str]:
-    """What each input of the graph is: a parameter by its name, a leaf by its path, a size by whose it is."""
-    module = region.module
-    bound = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    names = {id(tensor): name for name, tensor in reversed(bound)}
-    return [_input(argument, entry, names) for argument in entry.graph.arguments]
-
-
-def _input(argument: Argument, entry: Entry, names: dict[int, str]) -> str:
-    if argument.kind == "tensor":
-        return names.get(id(argument.tensor), "a tensor that capture found outside of the module")
-    path = entry.call.paths[argument.leaf]
-    if argument.kind == "leaf":
-        return path
-    label = entry.call.labels[argument.leaf][argument.dim]
-    return f"{path}.shape[{argument.dim}]" + (f", {label}" if label else "")
 
 
 def conditions_text(entry: Entry) -> str:

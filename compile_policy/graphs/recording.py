@@ -36,11 +36,13 @@ class Recording:
         texts: (name in the structured trace, text) in the order in which they appeared.
         bytecode: what Dynamo made of the traced function.
         example: leaf -> sizes of the example that was traced.
+        notes: what was seen and not kept, and why.
     """
 
     texts: list[tuple[str, str]] = field(default_factory=list)
     bytecode: list[CodeType] = field(default_factory=list)
     example: dict[int, list[int]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def lowered(self) -> dict[str, str]:
         """File name -> text; a second graph of a kind gets a number, the same text twice is one file."""
@@ -75,7 +77,10 @@ class _Listener(logging.Handler):
         logging.getLogger("compile_policy").debug("a trace record was not understood", exc_info=True)
 
     def _take(self, name: str, details: Any, payload: str | None) -> None:
-        if name in LOWERED and payload and len(payload) <= self.max_bytes:
+        if name in LOWERED and payload and len(payload) > self.max_bytes:
+            said = f"its {len(payload):,} characters exceed the size limit of the dump"
+            self.recording.notes.append(f"lowered/{LOWERED[name]} is left out: {said}")
+        elif name in LOWERED and payload:
             self.recording.texts.append((name, payload))
         elif name == "describe_tensor":
             self._sizes[details["describer_id"], details["id"]] = list(details["size"])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import linecache
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 import compile_policy
+from compile_policy.graphs.values import Value
 
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"\n]*)", line (?P<line>\d+), in (?P<function>.*)\n\s*(?P<code>.*)', re.M)
 _NAMES = (
@@ -50,24 +52,39 @@ class Source:
 
 @dataclass(frozen=True)
 class Op:
-    """One operation of a captured graph."""
+    """One operation of a captured graph.
+
+    Attributes:
+        name: of its result.
+        op: what it does, by the name that people know.
+        shape: sizes of the result as text, ``None`` for what is no tensor.
+        module: path below the component.
+        source: the line of the model that asks for it.
+        dtype: as torch abbreviates it, such as ``f32``.
+        inputs: names of operations and inputs of the graph that it reads.
+    """
 
     name: str
     op: str
     shape: list[str] | None
     module: str
     source: Source | None
+    dtype: str = ""
+    inputs: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def ops_of(records: Sequence[dict[str, Any]]) -> list[Op]:
-    """Operations from what capture noted about each (`CompiledGraph.sources`)."""
-    return [
-        Op(r["name"], op_name(r["op"]), r.get("shape"), module_path(r.get("module")), model_source(r.get("stack", "")))
-        for r in records
-    ]
+def ops_of(records: Sequence[dict[str, Any]], values: Mapping[str, Value]) -> list[Op]:
+    """Operations from what capture noted about each (`CompiledGraph.sources`) and from the printed graph."""
+    return [_op(record, values.get(record["name"], Value(record["name"]))) for record in records]
+
+
+def _op(record: dict[str, Any], value: Value) -> Op:
+    source = model_source(record.get("stack", ""))
+    module = module_path(record.get("module"))
+    return Op(value.name, op_name(record["op"]), record.get("shape"), module, source, value.dtype, value.inputs)
 
 
 def module_path(name: Any) -> str:
@@ -83,15 +100,36 @@ def op_name(target: str) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", target)
 
 
-@lru_cache(maxsize=4096)
 def model_source(stack: str) -> Source | None:
     """The innermost line of a stack that belongs to the model, or the innermost at all."""
-    frames = list(_FRAME.finditer(stack))
-    if not frames:
+    frame = _model_frame(stack)
+    if frame is None:
         return None
-    own = [f for f in frames if not f["file"].startswith(_NOT_THE_MODEL) and _OUR_BACKENDS not in f["file"]]
-    frame = (own or frames)[-1]
     return Source(short_path(frame["file"]), int(frame["line"]), frame["function"], frame["code"].strip())
+
+
+@lru_cache(maxsize=4096)
+def _model_frame(stack: str) -> re.Match[str] | None:
+    frames = list(_FRAME.finditer(stack))
+    own = [f for f in frames if not f["file"].startswith(_NOT_THE_MODEL) and _OUR_BACKENDS not in f["file"]]
+    return (own or frames or [None])[-1]
+
+
+def surroundings(records: Sequence[dict[str, Any]], reach: int = 4) -> dict[str, dict[int, str]]:
+    """File -> line -> text, of the model's lines and ``reach`` lines before and after each; blank lines are left out.
+
+    A file that cannot be read, because it is a notebook's or was made while the program ran, is left out.
+    """
+    found: dict[str, dict[int, str]] = {}
+    for stack in dict.fromkeys(str(record.get("stack", "")) for record in records):
+        if (frame := _model_frame(stack)) is None:
+            continue
+        lines = linecache.getlines(frame["file"])
+        here = found.setdefault(short_path(frame["file"]), {})
+        for number in range(max(1, int(frame["line"]) - reach), int(frame["line"]) + reach + 1):
+            if number <= len(lines) and lines[number - 1].strip():
+                here[number] = lines[number - 1].rstrip()
+    return {file: dict(sorted(lines.items())) for file, lines in found.items() if lines}
 
 
 def short_path(file: str) -> str:
