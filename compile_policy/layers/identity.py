@@ -48,7 +48,7 @@ def code_digest(cls: type) -> str:
         digest.update(qualified(base).encode())
         for name, value in sorted(vars(base).items()):
             for code in _codes(value):
-                digest.update(name.encode() + _stable(code))
+                digest.update(name.encode() + stable_code(code))
         digest.update(_file_of(base.__module__))
     return digest.hexdigest()[:16]
 
@@ -60,9 +60,9 @@ def _codes(value: Any) -> list[types.CodeType]:
     return [inspect.unwrap(f).__code__ for f in functions if isinstance(f, types.FunctionType)]
 
 
-def _stable(code: types.CodeType) -> bytes:
+def stable_code(code: types.CodeType) -> bytes:
     """Bytecode and names, without line numbers, file names and addresses."""
-    consts = [_stable(c) if isinstance(c, types.CodeType) else _repr(c).encode() for c in code.co_consts]
+    consts = [stable_code(c) if isinstance(c, types.CodeType) else _repr(c).encode() for c in code.co_consts]
     return b"\0".join([code.co_code, repr((code.co_names, code.co_varnames)).encode(), *consts])
 
 
