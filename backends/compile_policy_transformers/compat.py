@@ -16,6 +16,10 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import output_capturing as output_capturing_of_transformers
 
 
+#: Set on a model that has its output-capturing hooks.
+_CAPTURING = "_output_capturing_hooks_installed"
+
+
 def build_from_config(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """Build ``cls`` in float32 on the current device; the auto classes only offer this for classes in their tables."""
     return cast(PreTrainedModel, cls._from_config(config, dtype=torch.float32))
@@ -55,10 +59,29 @@ def rope_types(module: nn.Module) -> set[str]:
     return out
 
 
-def install_output_capturing(module: nn.Module) -> None:
-    """Install Transformers' output-capturing hooks for good, as its own first call that asks for outputs does."""
-    if isinstance(module, PreTrainedModel):
-        output_capturing_of_transformers.maybe_install_capturing_hooks(module)
+def install_output_capturing(module: nn.Module) -> list[tuple[nn.Module, set[int]]]:
+    """Install Transformers' output-capturing hooks, as its own first call that asks for outputs does.
+
+    Transformers installs a second set where a model inside ``module`` already has its own; every output would be
+    recorded twice from then on. Those are left out. Drop that part once ``install_all_output_capturing_hooks`` asks.
+
+    Returns:
+        Modules and the hooks that they got.
+    """
+    if not isinstance(module, PreTrainedModel):
+        return []
+    before = [(m, set(m._forward_hooks)) for m in module.modules()]
+    hooked = {id(m) for inner in module.modules() if _CAPTURING in inner.__dict__ for m in inner.modules()}
+    output_capturing_of_transformers.maybe_install_capturing_hooks(module)
+    added = [(m, set(m._forward_hooks) - known) for m, known in before]
+    _take_off([(m, hooks) for m, hooks in added if id(m) in hooked])
+    return [(m, hooks) for m, hooks in added if id(m) not in hooked]
+
+
+def _take_off(added: list[tuple[nn.Module, set[int]]]) -> None:
+    for module, hooks in added:
+        for hook in hooks:
+            module._forward_hooks.pop(hook, None)
 
 
 @contextmanager
@@ -68,22 +91,14 @@ def output_capturing(module: nn.Module) -> Iterator[None]:
     Its first call that asks for hidden states installs them for good. A graph has to be traced with them; a model
     that keeps them cannot be pickled, so they do not stay on account of the policy.
     """
-    if not isinstance(module, PreTrainedModel):
-        yield
-        return
-    flag = "_output_capturing_hooks_installed"
-    before = [(m, set(m._forward_hooks), flag in m.__dict__) for m in module.modules()]
-    output_capturing_of_transformers.maybe_install_capturing_hooks(module)
-    added = [(m, set(m._forward_hooks) - known) for m, known, _ in before]
+    unmarked = [m for m in module.modules() if _CAPTURING not in m.__dict__]
+    added = install_output_capturing(module)
     try:
         yield
     finally:
-        for m, hooks in added:
-            for hook in hooks:
-                m._forward_hooks.pop(hook, None)
-        for m, _, flagged in before:
-            if not flagged:
-                m.__dict__.pop(flag, None)
+        _take_off(added)
+        for m in unmarked:
+            m.__dict__.pop(_CAPTURING, None)
 
 
 def _never(*args: Any, **kwargs: Any) -> bool:
