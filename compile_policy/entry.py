@@ -54,6 +54,7 @@ class Entry:
     Attributes:
         state_sizes: number of state tensors of each adapted argument, in order.
         written: leaves that the component writes into although no adapter manages them.
+        number: its place among the component's entries, in the order in which they were made.
     """
 
     call: Call
@@ -64,6 +65,7 @@ class Entry:
     seconds: float = 0.0
     max_error: float = 0.0
     calls: int = field(default=0)
+    number: int = 0
 
     def run(self, call: Call) -> Any:
         """Run the graph for a call with this entry's key and accepted sizes."""

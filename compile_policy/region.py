@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -17,18 +17,21 @@ import torch
 from compile_policy import compat
 from compile_policy.binder import Binder as Binder
 from compile_policy.binder import Bound as Bound
+from compile_policy.binder import FormBinder
 from compile_policy.binder import SignatureBinder as SignatureBinder
 from compile_policy.binder import StepBinder as StepBinder
 from compile_policy.call_key import Call, make_call
-from compile_policy.entry import Entry, ExampleUnfit, build_entry
+from compile_policy.entry import TOLERANCE, Entry, ExampleUnfit, build_entry
 from compile_policy.errors import BudgetExceeded, CompileFault, NotCompilable
 from compile_policy.events import emit
 from compile_policy.example import examples
+from compile_policy.failure import Failure, failure_of
 from compile_policy.fingerprint import Fingerprint
 from compile_policy.options import RegionOptions as RegionOptions
 from compile_policy.plan import ComponentReport
+from compile_policy.proof import misfit
 from compile_policy.reference import ChangesItself
-from compile_policy.sentinel import disagreement
+from compile_policy.sentinel import TOLERANCE as SENTINEL_TOLERANCE
 from compile_policy.shapes import Labels, pattern
 
 # Dynamo is not safe to enter from two threads; one capture at a time in the whole process.
@@ -67,12 +70,15 @@ class Region:
         self.changes_itself: dict[bool, str] = {}  # by training flag
         self.fingerprint = Fingerprint(module)
         self.steps = binder if isinstance(binder, StepBinder) else None
+        self.forms = binder if isinstance(binder, FormBinder) else None
+        self.proved: dict[tuple[int, Hashable], str] = {}  # by entry and form: what speaks against it
         self.lock = _compile_lock
         self.forced_eager = 0
         self._building = threading.local()
         self.graphs = self.calls = self.eager_calls = 0
         self.compile_seconds = 0.0
         self.fallback: str | None = None
+        self.failures: dict[str, Failure] = {}  # by reason
 
     @property
     def name(self) -> str:
@@ -105,8 +111,10 @@ class Region:
         try:
             call = self._bind(args, kwargs)
             entry = self._find(call) or self._compile(call)
+            if self.forms is not None:
+                self._prove(args, kwargs, entry)
             if sampled:
-                self._compare(call, entry)
+                self._compare(args, kwargs, entry)
             result = self._guarded(entry, call)
         except NotCompilable as reason:
             why = reason
@@ -116,18 +124,38 @@ class Region:
             return result
         return self._eager(why, call, self.module.forward, *args, **kwargs)
 
-    def _compare(self, call: Call, entry: Entry) -> None:
+    def _prove(self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry) -> None:
+        """Refuse a form of call for which the graph is not what the component's own forward is; looked at once."""
+        assert self.forms is not None
+        form, rows = self.forms.form(args, kwargs)
+        place = (entry.number, form)
+        if place not in self.proved:
+            self.proved[place] = self._misfit(args, kwargs, entry, rows, TOLERANCE)
+        if self.proved[place]:
+            raise PassingObstacle(f"the graph does not fit calls of this form: {self.proved[place]}")
+
+    def _compare(self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry) -> None:
         """Compare a sampled call with eager; a component that is wrong once runs eager from then on."""
+        rows = None if self.forms is None else self.forms.form(args, kwargs)[1]
+        reason = self._misfit(args, kwargs, entry, rows, SENTINEL_TOLERANCE)
+        if reason:
+            self.condemned = f"the compiled graph is wrong: {reason}"
+            emit("sentinel", self.name, f"turned off: {reason}", reason=reason, calls=self.calls)
+            raise NotCompilable(self.condemned, remedy="Report the model and the versions; it runs eager until then.")
+
+    def _misfit(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        entry: Entry,
+        rows: torch.Tensor | None,
+        tolerance: Mapping[torch.dtype, float],
+    ) -> str:
         self._building.now = True
         try:
-            with self.binder.tracing(self.module):
-                reason = disagreement(self.module, call, entry)
+            return misfit(self.module, args, kwargs, lambda a, k: entry.run(self._bind(a, k)), rows, tolerance)
         finally:
             self._building.now = False
-        if reason:
-            self.condemned = reason
-            emit("sentinel", self.name, f"turned off: {reason}", reason=reason, calls=self.calls)
-            raise NotCompilable(reason, remedy="Report the model and the versions; it runs eager until then.")
 
     @staticmethod
     def _guarded(entry: Entry, call: Call) -> Any:
@@ -167,7 +195,11 @@ class Region:
             self.refused.setdefault(_verdict(call), why.reason)
         if self.fallback != why.reason:
             self.fallback = why.reason
-            emit("fallback", self.name, f"runs eager: {why.reason}", reason=why.reason, remedy=why.remedy)
+            found = self.failures.get(why.reason) or failure_of(why)
+            if found.error and not isinstance(why, PassingObstacle):
+                self.failures[why.reason] = found
+            data = {"reason": why.reason, "remedy": why.remedy or found.remedy, **found.data()}
+            emit("fallback", self.name, f"runs eager: {why.reason}", **data)
         return result
 
     # -- compiling ------------------------------------------------------------------------------------------------
@@ -215,16 +247,23 @@ class Region:
         try:
             with self.options.recording(), self.binder.tracing(self.module):
                 entry = build_entry(self.module, call, example, labels, self.options.lowering(), self._count_capture)
-        except (NotCompilable, KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
+            seconds, found = time.perf_counter() - started, failure_of(compat.original_error(error))
+            reason = getattr(error, "reason", "") or found.cause
+            emit("compile_failed", self.name, reason, reason=reason, seconds=seconds, **found.data())
+            if isinstance(error, NotCompilable):
+                raise
             self._fault(error)
         finally:
             self._building.now = False
             self.compile_seconds += time.perf_counter() - started
         entry.seconds = time.perf_counter() - started
+        entry.number = self.entry_count()
         self.entries.setdefault(call.key, []).append(entry)
-        emit("compile_end", self.name, f"compiled in {entry.seconds:.1f} s", seconds=entry.seconds)
+        said = {"seconds": entry.seconds, "entry": entry.number, "road": entry.graph.road}
+        emit("compile_end", self.name, f"compiled in {entry.seconds:.1f} s", **said)
         if self.options.dump is not None:
             self.options.dump(self, entry)
         return entry
