@@ -42,6 +42,7 @@ def load_model(name: str | None = None, *, config: CompilationConfig | None = No
     warn_of_reserved(config)
     model = backend.load_model(name, config=config, **kwargs)
     _plans[model] = backend.apply(model, config)
+    _dump_plan(_plans[model], config)
     return model
 
 
@@ -63,7 +64,16 @@ def apply(model: M, config: CompilationConfig | None = None) -> M:
     config = config or CompilationConfig()
     warn_of_reserved(config)
     _plans[model] = find_backend().apply(model, config)
+    _dump_plan(_plans[model], config)
     return model
+
+
+def _dump_plan(made: Plan, config: CompilationConfig) -> None:
+    """Keep the plan beside the graphs, where these are dumped."""
+    if config.debug_dump_path is not None:
+        from compile_policy.graphs.runs import note_plan  # for those who dump
+
+        note_plan(config.debug_dump_path, made.to_dict())
 
 
 def remove(model: M) -> M:

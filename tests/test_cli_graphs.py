@@ -182,7 +182,7 @@ def test_names_cannot_move_the_cursor(dumps: Path, run: Run) -> None:
         (["ls", "."], "is no dump"),
         (["show", "one", "component-nett"], "There are: component-net/entry-0, "),
         (["show", "one"], "fits several"),
-        (["show", "one", "component-net", "--file", "kernles"], "it has captured, conditions"),
+        (["show", "one", "component-net", "--file", "kernles"], "it has captured, ops"),
         (["show", "one/component-net", "entry-0"], "names an entry already"),
         (["diff", "one", "two"], "fits several"),
         (["stats", "one", "--top", "0"], "--top"),

@@ -25,6 +25,7 @@ from compile_policy.graphs.folder import DumpFolder, EntryFolder
 from compile_policy.graphs.inputs import input_names, input_rows, symbols_of
 from compile_policy.graphs.record import conditions_text, entry_record
 from compile_policy.graphs.recording import Recording, record
+from compile_policy.graphs.runs import log_events, run_name
 from compile_policy.graphs.source import Op, ops_of, surroundings
 from compile_policy.graphs.values import values_of
 from compile_policy.region import Region
@@ -56,9 +57,9 @@ class GraphDump:
         self.origins = origins
         self._folder = DumpFolder(self.directory, max_bytes)
         self._max_bytes = max_bytes
-        self._run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
         self._recorded = threading.local()
         self._failures: set[str] = set()
+        log_events(self.directory, self)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -124,7 +125,7 @@ class GraphDump:
 
     def _write_lowered(self, folder: EntryFolder, recording: Recording) -> None:
         for name, lowered in recording.lowered().items():
-            folder.write(name.partition(".")[0], f"lowered/{name}", lowered)
+            folder.write(name.rpartition(".")[0], f"lowered/{name}", lowered)
         folder.notes += recording.notes
 
     def _write_bytecode(self, folder: EntryFolder, recording: Recording) -> None:
@@ -141,7 +142,7 @@ class GraphDump:
     def _described(self, folder: EntryFolder, details: dict[str, Any]) -> dict[str, Any]:
         return {
             "id": folder.id,
-            "run": self._run,
+            "run": run_name(),
             "written": datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds"),
             **details,
             "files": folder.files,

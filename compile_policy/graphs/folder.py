@@ -43,7 +43,8 @@ class EntryFolder:
             self.notes.append(f"{name} is left out: its {len(data):,} bytes exceed the size limit of the dump")
             return
         target = self.path / name
-        target.parent.mkdir(mode=0o700, exist_ok=True)
+        for parent in reversed(target.relative_to(self.path).parents[:-1]):
+            (self.path / parent).mkdir(mode=0o700, exist_ok=True)
         _write_private(target, data)
         self.bytes += len(data)
         self.files[kind] = name

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from compile_policy.errors import InputError
@@ -12,6 +16,8 @@ from compile_policy.graphs.reading import DumpedEntry
 
 _DEFINED = re.compile(r"^(?:(\w+) = async_compile\.|extern \"C\"\s+void\s+(\w+)\()", re.M)
 _LIBRARY = ("extern_kernels.", "torch.ops.", "aten.", "aoti_torch_")
+_NUMBERED = re.compile(r"(.*?(?:^|\.)\d+)(?:\.|$)")
+_LEVELS = 3
 
 
 @dataclass(frozen=True)
@@ -21,12 +27,16 @@ class Kernel:
     Attributes:
         name: in the generated code.
         lowered: operations of the lowered graph that went into it; empty where that is not known.
-        captured: operations of the captured graph that those came from.
+        captured: operations of the captured graph that those came from, in every block that shares the kernel.
+        graph: number of the lowered graph, where one captured graph was lowered in several packages.
+        times: how often one call of the entry runs it.
     """
 
     name: str
     lowered: tuple[str, ...] = ()
     captured: tuple[str, ...] = ()
+    graph: int = 0
+    times: int = 1
 
     @property
     def generated(self) -> bool:
@@ -35,23 +45,39 @@ class Kernel:
 
 
 def kernels_of(entry: DumpedEntry) -> list[Kernel]:
-    """Kernels in the order of the generated code; none where nothing was generated."""
-    if "provenance" in entry.files:
-        return _with_origins(entry)
-    if not {"output_code", "aot_kernels"} & set(entry.files):
-        return []
-    names = ("".join(found) for found in _DEFINED.findall(entry.read("kernels")))
-    return [Kernel(name) for name in names if name != "kernel"]  # what generated Python calls the C++ inside
+    """Kernels in the order of the generated code; none where nothing was generated.
+
+    Raises:
+        InputError: what says which operations are in which kernel is damaged.
+    """
+    segments = [s for s in entry.record.get("segments", []) if isinstance(s, int)]
+    runs = Counter(segments)
+    twins = _twins(entry.ops() if "ops" in entry.files else [], segments)
+    found: list[Kernel] = []
+    for number, package in enumerate(entry.packages):
+        times = runs.get(number, 1)
+        if entry.has(f"{package}provenance"):
+            found += _with_origins(entry, package, number, times, twins)
+        else:
+            found += [Kernel(name, graph=number, times=times) for name in kernel_codes(entry, number)]
+    return found
 
 
-def kernel_codes(entry: DumpedEntry) -> dict[str, str]:
-    """Generated kernel -> its code."""
-    if not {"output_code", "aot_kernels"} & set(entry.files):
+def kernel_codes(entry: DumpedEntry, number: int = 0) -> dict[str, str]:
+    """Generated kernel -> its code, of one lowered graph."""
+    prefix = entry.packages[number]
+    if not entry.has(f"{prefix}kernels"):
         return {}
-    text = entry.read("kernels")
+    text = entry.read(f"{prefix}kernels")
+    # Generated Python calls the C++ inside `kernel`.
     found = [m for m in _DEFINED.finditer(text) if "".join(m.groups("")) != "kernel"]
     ends = [m.start() for m in found[1:]] + [_end(text, m.end()) for m in found[-1:]]
     return {"".join(m.groups("")): text[m.start() : end].rstrip() for m, end in zip(found, ends, strict=True)}
+
+
+def lowered_texts(entry: DumpedEntry) -> list[str]:
+    """The lowered graphs as text, one a package; empty where it is not in the dump."""
+    return [entry.read(f"{prefix}lowered") if entry.has(f"{prefix}lowered") else "" for prefix in entry.packages]
 
 
 def _end(text: str, start: int) -> int:
@@ -60,17 +86,54 @@ def _end(text: str, start: int) -> int:
     return start + after.start() if after else len(text)
 
 
-def _with_origins(entry: DumpedEntry) -> list[Kernel]:
+def _with_origins(
+    entry: DumpedEntry, prefix: str, number: int, times: int, twins: dict[str, list[str]]
+) -> Iterator[Kernel]:
     """Inductor numbers the kernels' calls: ``name:number``."""
+    kind = f"{prefix}provenance"
     try:
-        origins = json.loads(entry.read("provenance"))
+        origins = json.loads(entry.read(kind))
         to_captured, calls = origins["postToPre"], origins["cppCodeToPost"]
-        return [_kernel(str(call), nodes, to_captured) for call, nodes in calls.items()]
+        for call, nodes in calls.items():
+            name, _, serial = str(call).rpartition(":")
+            first = dict.fromkeys(pre for node in nodes for pre in to_captured.get(node, []))
+            captured = dict.fromkeys(str(op) for pre in first for op in (pre, *twins.get(pre, ())))
+            kernel = name if serial.isdigit() else str(call)
+            yield Kernel(kernel, tuple(map(str, nodes)), tuple(captured), number, times)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{entry.id}/{entry.files['provenance']} is not what Inductor writes: {error!r}.") from None
+        raise InputError(f"{entry.id}/{entry.files[kind]} is not what Inductor writes: {error!r}.") from None
 
 
-def _kernel(call: str, nodes: Any, to_captured: dict[str, list[str]]) -> Kernel:
-    name, _, number = call.rpartition(":")
-    captured = dict.fromkeys(pre for node in nodes for pre in to_captured.get(node, []))
-    return Kernel(name if number.isdigit() else call, tuple(map(str, nodes)), tuple(map(str, captured)))
+def _twins(ops: Sequence[dict[str, Any]], segments: Sequence[int]) -> dict[str, list[str]]:
+    """Operation of the block that was lowered -> the same operation of the blocks that share its package.
+
+    The graph was cut where a block of repeated modules begins and ends. The cuts are found again here, and taken only
+    where they are as many as the steps of the program.
+    """
+    if len(set(segments)) == len(segments):
+        return {}
+    for level in range(_LEVELS):
+        tensors = [op for op in ops if isinstance(op.get("shape"), list)]
+        blocks = [_block(str(op.get("module", "")), level) for op in tensors]
+        runs = groupby(zip(blocks, tensors, strict=True), itemgetter(0))
+        pieces = [[op for _, op in run] for _, run in runs]
+        if len(pieces) == len(segments):
+            return _paired(pieces, segments)
+    return {}
+
+
+def _block(module: str, level: int) -> str:
+    """The repeated module that a module is in: ``layers.3`` of ``layers.3.mlp``."""
+    found = _NUMBERED.findall(module)
+    return ".".join(found[: level + 1]) if len(found) > level else ""
+
+
+def _paired(pieces: Sequence[list[dict[str, Any]]], segments: Sequence[int]) -> dict[str, list[str]]:
+    first: dict[int, list[dict[str, Any]]] = {}
+    twins: dict[str, list[str]] = {}
+    for piece, package in zip(pieces, segments, strict=True):
+        original = first.setdefault(package, piece)
+        if original is not piece and len(original) == len(piece):
+            for op, twin in zip(original, piece, strict=True):
+                twins.setdefault(str(op.get("name")), []).append(str(twin.get("name")))
+    return twins

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compile_policy.errors import InputError
 from compile_policy.graphs.folder import INDEX, SCHEMA
+from compile_policy.graphs.runs import EVENTS, PLAN, RUNS
 
 _LARGEST = 512 * 1024 * 1024
 #: What stands for the first of several files that an entry has.
 ALIASES = {
     "kernels": ("output_code", "aot_kernels"),
     "lowered": ("post_grad_graph", "aot_inference_graph", "aot_forward_graph"),
+    "wrapper": ("aot_wrapper", "output_code"),
 }
 
 
@@ -44,25 +47,98 @@ class DumpedEntry:
     def files(self) -> dict[str, str]:
         return {str(kind): str(name) for kind, name in self.record.get("files", {}).items()}
 
+    @property
+    def packages(self) -> list[str]:
+        """What stands before the kinds of lowered files of each graph that was lowered: nothing where it is one."""
+        found = dict.fromkeys(kind.rpartition("/")[0] for kind in self.files if kind.startswith("package-"))
+        return [f"{name}/" for name in sorted(found, key=lambda n: (len(n), n))] or [""]
+
+    def has(self, kind: str) -> bool:
+        """Whether `read` finds a file of this kind or alias."""
+        return bool(self._names(kind))
+
+    def _names(self, kind: str) -> list[str]:
+        """The files that a kind means; an alias, in all packages."""
+        if kind in self.files:
+            return [self.files[kind]]
+        package, _, alias = kind.rpartition("/")
+        prefixes = [f"{package}/"] if package else self.packages
+        kinds = (next((p + k for k in ALIASES.get(alias, (alias,)) if p + k in self.files), "") for p in prefixes)
+        return [self.files[found] for found in kinds if found]
+
     def read(self, kind: str) -> str:
         """The text of one of the entry's files, by its kind or an alias.
 
         Raises:
             InputError: the entry has no such file.
         """
-        name = next((self.files[k] for k in (kind, *ALIASES.get(kind, ())) if k in self.files), None)
-        if name is None:
+        names = self._names(kind)
+        if not names:
             known = ", ".join(self.files) or "nothing"
             notes = "; ".join(map(str, self.record.get("notes", [])))
             raise InputError(f"{self.id} has no {kind}, it has {known}." + (f" Notes: {notes}." if notes else ""))
-        return _read(self.root, self.root / self.id / name)
+        texts = [_read(self.root, self.root / self.id / name) for name in names]
+        if len(names) == 1:
+            return texts[0]
+        mark = "//" if names[0].endswith(".cpp") else "#"
+        return "\n".join(f"{mark} {name}\n{text}" for name, text in zip(names, texts, strict=True))
 
     def ops(self) -> list[dict[str, Any]]:
-        """The captured operations: name, op, shape, module, source."""
-        found = _parsed(self.read("ops"), f"{self.id}/{self.files['ops']}")
+        """The captured operations: name, op, dtype, shape, inputs, module, source."""
+        return self._list("ops")
+
+    def inputs(self) -> list[dict[str, Any]]:
+        """The inputs of the captured graph: name, kind, is, dtype, shape; none in dumps that do not have them."""
+        return self._list("inputs") if "inputs" in self.files else []
+
+    def guards(self) -> list[dict[str, Any]]:
+        """What Dynamo would have checked at every call."""
+        if "guards" not in self.files:
+            return []
+        found = self._json("guards").get("guards", [])
+        return [guard for guard in found if isinstance(guard, dict)]
+
+    def sources(self) -> dict[str, dict[int, str]]:
+        """File -> line -> text of the model, round the lines that operations are from."""
+        found = self._json("sources") if "sources" in self.files else {}
+        return {file: {int(n): str(text) for n, text in lines.items()} for file, lines in found.items()}
+
+    def symbols(self) -> dict[str, dict[str, Any]]:
+        """Symbol of a size -> its label and its size in the example."""
+        found = self.record.get("symbols", {})
+        return {name: known for name, known in found.items() if isinstance(known, dict)}
+
+    def _list(self, kind: str) -> list[dict[str, Any]]:
+        found = _parsed(self.read(kind), f"{self.id}/{self.files[kind]}")
         if not isinstance(found, list):
-            raise InputError(f"{self.id}/{self.files['ops']} is no list of operations.")
-        return [op for op in found if isinstance(op, dict)]
+            raise InputError(f"{self.id}/{self.files[kind]} is no list.")
+        return [row for row in found if isinstance(row, dict)]
+
+    def _json(self, kind: str) -> dict[str, Any]:
+        found = _parsed(self.read(kind), f"{self.id}/{self.files[kind]}")
+        if not isinstance(found, dict):
+            raise InputError(f"{self.id}/{self.files[kind]} is no object.")
+        return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process that wrote entries: its plans and its events."""
+
+    root: Path
+    name: str
+
+    def plans(self) -> list[dict[str, Any]]:
+        """The plan of each model, as `Plan.to_dict` has it."""
+        return self._lines(PLAN)
+
+    def events(self) -> list[dict[str, Any]]:
+        """Its events, in order."""
+        return self._lines(EVENTS)
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.root / RUNS / self.name / name
+        return json_lines(_read(self.root, path)) if path.is_file() else []
 
 
 @dataclass(frozen=True)
@@ -90,6 +166,11 @@ class Dump:
             raise InputError(f"{root / INDEX} is no index of schema {SCHEMA}.")
         records = [r for r in index["entries"] if isinstance(r, dict) and isinstance(r.get("id"), str)]
         return cls(root, tuple(DumpedEntry(root, r) for r in records), tuple(map(str, index.get("notes", []))))
+
+    def runs(self) -> list[Run]:
+        """The runs that wrote here, oldest first."""
+        folder = self.root / RUNS
+        return [Run(self.root, path.name) for path in sorted(folder.iterdir())] if folder.is_dir() else []
 
     @classmethod
     def locate(cls, path: Path) -> tuple[Dump, str]:
@@ -124,6 +205,15 @@ class Dump:
                 f"{name!r} fits several entries.", remedy=f"Choose one of: {', '.join(e.id for e in found)}"
             )
         return found[-1]
+
+
+def json_lines(text: str) -> list[dict[str, Any]]:
+    """One object a line; what is none is left out, such as the half line of a process that was ended."""
+    found = []
+    for line in text.splitlines():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [row for row in found if isinstance(row, dict)]
 
 
 def _read(root: Path, path: Path) -> str:

@@ -29,6 +29,8 @@ def entry_record(region: Region, entry: Entry, example: dict[int, list[int]], op
         },
         "backend": region.options.backend,
         "road": str(getattr(entry.graph, "road", "jit")),
+        "why_jit": entry.graph.why_jit,
+        "segments": _segments(entry),
         "key": _key(entry),
         "arguments": _arguments(entry, example),
         "labels": _labels(entry, example),
@@ -98,6 +100,12 @@ def _arguments(entry: Entry, example: dict[int, list[int]]) -> list[dict[str, An
             }
         )
     return rows
+
+
+def _segments(entry: Entry) -> list[int]:
+    """The package that each step of a program runs, in order; where blocks repeat, one package serves many."""
+    program = getattr(entry.graph, "program", None)
+    return [] if program is None else [segment.package for segment in program.segments]
 
 
 def _modules(region: Region, ops: Sequence[Op]) -> dict[str, str]:

@@ -25,6 +25,8 @@ LOWERED = {
     "inductor_aot_kernel_code": "aot_kernels.cpp",
     "inductor_provenance_tracking_node_mappings": "provenance.json",
 }
+#: What comes first of a graph that is lowered.
+FIRST = ("aot_inference_graph", "aot_joint_graph")
 _LEAF = re.compile(r"L\['leaves'\]\[(\d+)\]")
 
 
@@ -33,26 +35,48 @@ class Recording:
     """What was seen during one compile.
 
     Attributes:
-        texts: (name in the structured trace, text) in the order in which they appeared.
+        packages: per graph that was lowered, (name in the structured trace, text) in the order in which they appeared.
         bytecode: what Dynamo made of the traced function.
         example: leaf -> sizes of the example that was traced.
         notes: what was seen and not kept, and why.
     """
 
-    texts: list[tuple[str, str]] = field(default_factory=list)
+    packages: list[list[tuple[str, str]]] = field(default_factory=list)
     bytecode: list[CodeType] = field(default_factory=list)
     example: dict[int, list[int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def start_again(self) -> None:
+        """A new capture: what the one before was lowered to has been given up."""
+        self.packages.clear()
+
+    def add(self, name: str, text: str) -> None:
+        """Keep a text; each captured graph that is lowered begins a package."""
+        if not self.packages or (name in FIRST and any(known in FIRST for known, _ in self.packages[-1])):
+            self.packages.append([])
+        self.packages[-1].append((name, text))
+
     def lowered(self) -> dict[str, str]:
-        """File name -> text; a second graph of a kind gets a number, the same text twice is one file."""
-        files: dict[str, str] = {}
-        for name, text in self.texts:
-            stem, _, suffix = LOWERED[name].rpartition(".")
-            same_kind = [known for known in files if re.fullmatch(rf"{re.escape(stem)}(_\d+)?\.{suffix}", known)]
-            if not any(files[known] == text for known in same_kind):
-                files[f"{stem}_{len(same_kind)}.{suffix}" if same_kind else LOWERED[name]] = text
-        return files
+        """File name -> text; a second graph of a kind gets a number, the same text twice is one file.
+
+        Where several packages were made of one graph, each has a folder.
+        """
+        several = len(self.packages) > 1
+        return {
+            f"package-{number}/{name}" if several else name: text
+            for number, texts in enumerate(self.packages)
+            for name, text in _files(texts).items()
+        }
+
+
+def _files(texts: list[tuple[str, str]]) -> dict[str, str]:
+    files: dict[str, str] = {}
+    for name, text in texts:
+        stem, _, suffix = LOWERED[name].rpartition(".")
+        same_kind = [known for known in files if re.fullmatch(rf"{re.escape(stem)}(_\d+)?\.{suffix}", known)]
+        if not any(files[known] == text for known in same_kind):
+            files[f"{stem}_{len(same_kind)}.{suffix}" if same_kind else LOWERED[name]] = text
+    return files
 
 
 class _Listener(logging.Handler):
@@ -77,11 +101,13 @@ class _Listener(logging.Handler):
         logging.getLogger("compile_policy").debug("a trace record was not understood", exc_info=True)
 
     def _take(self, name: str, details: Any, payload: str | None) -> None:
-        if name in LOWERED and payload and len(payload) > self.max_bytes:
+        if name == "dynamo_start":
+            self.recording.start_again()
+        elif name in LOWERED and payload and len(payload) > self.max_bytes:
             said = f"its {len(payload):,} characters exceed the size limit of the dump"
             self.recording.notes.append(f"lowered/{LOWERED[name]} is left out: {said}")
         elif name in LOWERED and payload:
-            self.recording.texts.append((name, payload))
+            self.recording.add(name, payload)
         elif name == "describe_tensor":
             self._sizes[details["describer_id"], details["id"]] = list(details["size"])
         elif name == "describe_source" and (leaf := _LEAF.fullmatch(details["source"])):

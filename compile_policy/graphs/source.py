@@ -112,7 +112,7 @@ def model_source(stack: str) -> Source | None:
 def _model_frame(stack: str) -> re.Match[str] | None:
     frames = list(_FRAME.finditer(stack))
     own = [f for f in frames if not f["file"].startswith(_NOT_THE_MODEL) and _OUR_BACKENDS not in f["file"]]
-    return (own or frames or [None])[-1]
+    return (own or frames)[-1] if frames else None
 
 
 def surroundings(records: Sequence[dict[str, Any]], reach: int = 4) -> dict[str, dict[int, str]]:

@@ -3,22 +3,50 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from compile_policy.graphs.kernels import Kernel, kernels_of
+from compile_policy.graphs.cost import Cost, Traffic, op_cost
+from compile_policy.graphs.kernels import Kernel, kernels_of, lowered_texts
 from compile_policy.graphs.reading import DumpedEntry
+from compile_policy.graphs.sizes import numbers
+from compile_policy.graphs.values import Value, values_of
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Numbers about one entry; each mapping has the largest number first."""
+    """Numbers about one entry; each mapping has the largest number first.
+
+    Attributes:
+        ops: operations of the captured graph.
+        kinds: operation -> how many.
+        modules: module -> how many operations.
+        lines: ``file:line`` of the model -> how many operations.
+        kernels: calls of generated code or of a library, in order.
+        sizes: symbol -> the number that costs are worked out for.
+        cost: of all operations, were each run alone.
+        kind_costs: the same by operation.
+        module_costs: the same by module.
+        kernel_bytes: what each kernel moves, in the order of ``kernels``; ``None`` where that is not known.
+    """
 
     ops: int
     kinds: dict[str, int]
     modules: dict[str, int]
     lines: dict[str, int]
     kernels: tuple[Kernel, ...]
+    sizes: dict[str, int] = field(default_factory=dict)
+    cost: Cost = field(default_factory=Cost)
+    kind_costs: dict[str, Cost] = field(default_factory=dict)
+    module_costs: dict[str, Cost] = field(default_factory=dict)
+    kernel_bytes: tuple[int | None, ...] = ()
+
+    @property
+    def moved(self) -> int | None:
+        """Bytes that all kernels move; ``None`` where that is not known of each."""
+        known = [moved for moved in self.kernel_bytes if moved is not None]
+        return sum(known) if known and len(known) == len(self.kernels) else None
 
     @property
     def fused(self) -> int:
@@ -26,24 +54,85 @@ class Stats:
         return len({op for k in self.kernels if k.generated and len(k.lowered) > 1 for op in k.lowered})
 
     def to_dict(self) -> dict[str, Any]:
-        kernels = [{**vars(k), "generated": k.generated} for k in self.kernels]
-        return {**vars(self), "kernels": kernels, "fused": self.fused}
+        kernels = [
+            {**vars(kernel), "generated": kernel.generated, "bytes": moved}
+            for kernel, moved in zip(self.kernels, self.kernel_bytes, strict=True)
+        ]
+        costs = {
+            name: {key: vars(cost) for key, cost in found.items()}
+            for name, found in (("kind_costs", self.kind_costs), ("module_costs", self.module_costs))
+        }
+        return {
+            **vars(self),
+            **costs,
+            "cost": vars(self.cost),
+            "kernels": kernels,
+            "kernel_bytes": self.moved,
+            "fused": self.fused,
+        }
 
 
-def stats_of(entry: DumpedEntry) -> Stats:
+def stats_of(entry: DumpedEntry, given: Mapping[str, int] | None = None) -> Stats:
     """Count.
+
+    Args:
+        entry: of a dump.
+        given: label of a dim -> the size that costs are for; by default the size in the example that was traced.
 
     Raises:
         InputError: the entry's operations are not in the dump.
     """
-    ops = entry.ops()
+    ops, kernels = entry.ops(), tuple(kernels_of(entry))
+    sizes = numbers(entry.symbols(), given or {})
+    costs = op_costs(entry, sizes)
     return Stats(
         len(ops),
         _counted(str(op.get("op")) for op in ops),
         _counted(str(op["module"]) for op in ops if op.get("module")),
         _counted(place for op in ops if (place := line_of(op))),
-        tuple(kernels_of(entry)),
+        kernels,
+        sizes,
+        sum(costs, Cost()),
+        _summed((str(op.get("op")) for op in ops), costs),
+        _summed((str(op.get("module") or "") for op in ops), costs),
+        _moved(entry, kernels, sizes),
     )
+
+
+def op_costs(entry: DumpedEntry, sizes: Mapping[str, int]) -> list[Cost]:
+    """What each operation costs, in order; of unknown cost where a dump does not say what it reads."""
+    rows = [*entry.inputs(), *entry.ops()]
+    values = {str(row.get("name")): _value(row) for row in rows}
+    return [
+        op_cost(
+            str(op.get("op")),
+            values[str(op.get("name"))],
+            [values[name] for name in op.get("inputs", ()) if name in values],
+            sizes,
+        )
+        if "inputs" in op
+        else Cost(unknown=1)
+        for op in entry.ops()
+    ]
+
+
+def _value(row: Mapping[str, Any]) -> Value:
+    shape = row.get("shape")
+    return Value(
+        str(row.get("name")), str(row.get("dtype", "")), tuple(map(str, shape)) if isinstance(shape, list) else None
+    )
+
+
+def _moved(entry: DumpedEntry, kernels: tuple[Kernel, ...], sizes: Mapping[str, int]) -> tuple[int | None, ...]:
+    traffic = [Traffic(values_of(text), sizes) for text in lowered_texts(entry)]
+    return tuple(traffic[k.graph].bytes(k.lowered) if k.graph < len(traffic) else None for k in kernels)
+
+
+def _summed(keys: Iterable[str], costs: Iterable[Cost]) -> dict[str, Cost]:
+    found: dict[str, Cost] = {}
+    for key, cost in zip(keys, costs, strict=True):
+        found[key] = found.get(key, Cost()) + cost
+    return dict(sorted(found.items(), key=lambda item: (-item[1].flops, -item[1].bytes)))
 
 
 def line_of(op: dict[str, Any]) -> str:
