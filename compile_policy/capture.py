@@ -19,7 +19,7 @@ import torch._dynamo
 import torch._dynamo.decorators
 import torch.fx.experimental._config as fx_config
 
-from compile_policy.compat import graph_argument, leaf_dim_of_source, tracing_shape_env
+from compile_policy.compat import graph_argument, leaf_dim_of_source, traced_code, tracing_shape_env
 from compile_policy.compiled import AheadFault, Argument, CompiledGraph, GuardRecord
 from compile_policy.lowering import Lowering
 from compile_policy.predicate import conditions_of
@@ -135,7 +135,7 @@ class _Catcher:
             code: Callable[..., Any] = gm.forward
         else:
             code = self.lowering(gm, example_inputs)
-        self.graph = CompiledGraph(code, arguments, [], accepts, self.guards, readable, sources)
+        self.graph = CompiledGraph(code, arguments, [], accepts, self.guards, readable, sources, traced_code())
 
         def run_and_note(*inputs: Any) -> Any:
             self.outputs = code(*inputs)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -73,6 +74,11 @@ def tracing_shape_env() -> Any:
     context = TracingContext.get()
     assert context.fake_mode is not None
     return context.fake_mode.shape_env
+
+
+def traced_code() -> list[types.CodeType]:
+    """Code of every function that the running capture has gone through."""
+    return list(TracingContext.get().traced_code)
 
 
 def symbol_sources(env: Any) -> dict[Any, list[Any]]:
@@ -223,3 +229,31 @@ def loose_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
 def mark_static(tensor: torch.Tensor) -> None:
     """Trace the tensor's sizes as constants."""
     torch._dynamo.mark_static(tensor)
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """A number that tensors of the same memory share, for fake tensors too."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def mutates(op: Any) -> bool:
+    """Whether an operator's schema says that it writes into an argument."""
+    return isinstance(op, torch._ops.OpOverload) and bool(op._schema.is_mutable)
+
+
+def inductor_settings() -> dict[str, Any]:
+    """Inductor's configuration without what has no influence on its code, as its own cache takes it."""
+    return dict(torch._inductor.config.save_config_portable())
+
+
+def inductor_passes() -> list[str]:
+    """Names of the settings under which somebody installed a pass of their own."""
+    config: Any = torch._inductor.config
+    names = [f"{when}_custom_{where}_pass" for when in ("joint", "post_grad") for where in ("pre", "post")]
+    names += ["pre_grad_custom_pass", "_pre_fusion_custom_pass", "_post_fusion_custom_pass", "custom_partitioner_fn"]
+    return [name for name in names if getattr(config, name, None) is not None]
+
+
+def cpu_capability() -> str:
+    """Which of its own kernels torch takes on this processor."""
+    return str(torch.backends.cpu.get_cpu_capability())

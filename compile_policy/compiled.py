@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,7 @@ class CompiledGraph:
         guards: what Dynamo would have guarded on.
         readable: the captured graph as Python text with source comments.
         sources: per operation of the captured graph its module, name, target, shape and where the model wrote it.
+        traced: the code that capture ran through; empty for a graph that was loaded.
         why_jit: why a graph was not lowered ahead of time although that was tried; empty otherwise.
         program: the native packages, when lowered ahead of time; takes ``bound`` and then the leaves in ``order``.
     """
@@ -62,6 +64,7 @@ class CompiledGraph:
     guards: list[GuardRecord] = field(default_factory=list)
     readable: str = ""
     sources: list[dict[str, Any]] = field(default_factory=list)
+    traced: list[types.CodeType] = field(default_factory=list)
     why_jit: str = ""
     program: Program | None = None
     bound: list[torch.Tensor] = field(default_factory=list)
