@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -55,6 +55,14 @@ class StepBinder(Binder, Protocol):
 
     def ran(self, kwargs: dict[str, Any], call: Any, entry: Any, modes: tuple[Any, ...]) -> None:
         """Told of every call that an entry has run."""
+
+
+@runtime_checkable
+class FormBinder(Binder, Protocol):
+    """A binder that changes what a call says, so that every form of call is proved once (`proof.misfit`)."""
+
+    def form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hashable, torch.Tensor | None]:
+        """What kind of call this is, and which positions of its result count: (batch, sequence), ``None`` for all."""
 
 
 class SignatureBinder:

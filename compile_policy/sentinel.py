@@ -1,8 +1,8 @@
 """The sentinel: compares sampled calls with eager while the model is in use.
 
 A graph that was right on its example can still be wrong: a kernel that misbehaves at one size, a driver, a damaged
-file. The sentinel runs a sampled call eager and compiled on copies of its tensors, and says how far they are apart.
-The user's cache, random state, buffers and result are not touched.
+file. The sentinel chooses calls that run eager and compiled on copies of their tensors (`proof.misfit`): the user's
+cache, random state, buffers and result are not touched.
 """
 
 from __future__ import annotations
@@ -10,11 +10,6 @@ from __future__ import annotations
 import itertools
 
 import torch
-
-from compile_policy.call_key import Call
-from compile_policy.entry import Entry
-from compile_policy.errors import NotCompilable
-from compile_policy.reference import Reference, preserved
 
 #: Largest accepted error, relative to the largest value of the tensor. Measured on fp32 decoders: 1e-6 and below, so
 #: a factor of 1.001 on one operation shows. Low precisions get room for a few roundings.
@@ -38,20 +33,3 @@ class Sentinel:
         """Whether the call that begins now is one of them."""
         n = next(self._calls)
         return n < self._first if self._first else n % self._every == 0
-
-
-def disagreement(module: torch.nn.Module, call: Call, entry: Entry) -> str:
-    """How the entry differs from eager on this call, in words; empty when it doesn't.
-
-    A call on which eager itself fails is not compared: it is the caller's to hear of.
-    """
-    with preserved(module), torch.no_grad():
-        try:
-            reference = Reference(module, call, call.leaves)
-        except Exception:
-            return ""
-        try:
-            reference.check(entry.graph, TOLERANCE)
-        except NotCompilable as why:
-            return why.reason
-    return ""

@@ -149,11 +149,18 @@ def needs_initialisation(cache: Cache) -> bool:
     Raises:
         NotCompilable: a layer that holds no keys and values, such as the state of linear attention.
     """
+    if not hasattr(cache, "layers"):
+        raise NotCompilable(f"the cache is a {type(cache).__name__}, which the policy cannot pass to a graph yet")
     layers: list[Any] = cache.layers
     for layer in layers:
         if not hasattr(layer, "is_initialized"):
             raise _unknown(layer)
     return cache.layer_class_to_replicate is not None or not all(layer.is_initialized for layer in layers)
+
+
+def is_empty(cache: Cache) -> bool:
+    """Whether no call has used the cache yet."""
+    return not any(getattr(layer, "is_initialized", True) for layer in getattr(cache, "layers", ()))
 
 
 def layer_shapes(cache: Cache) -> list[LayerShape | None]:

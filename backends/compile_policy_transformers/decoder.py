@@ -19,6 +19,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from compile_policy.entry import Entry
 from compile_policy.errors import NotCompilable
+from compile_policy.proof import form_of
 from compile_policy.region import Bound
 from compile_policy.shapes import Labels
 from compile_policy_transformers import attention, caches, compat
@@ -52,7 +53,7 @@ class DecoderBinder:
             yield
 
     def bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
-        values = self._by_name(module, args, kwargs)
+        values = self._by_name(args, kwargs)
         embeds = self._embeds(module, values)
         batch, length = embeds.shape[:2]
         if length == 0:
@@ -68,6 +69,15 @@ class DecoderBinder:
         label = _Labels(batch, length, cache)
         ordered = {name: values[name] for name in sorted(values) if values[name] is not None}
         return Bound(ordered, label, fillers, _EXAMPLE_SIZES, boundary=length > 1)
+
+    def form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, torch.Tensor | None]:
+        """Kinds of the arguments, whether some positions are padding, one token or several, an empty cache or not."""
+        values = self._by_name(args, kwargs)
+        tokens = values.get("inputs_embeds") if values.get("input_ids") is None else values["input_ids"]
+        assert tokens is not None
+        rows = _counting_rows(values.get("attention_mask"), tokens.shape[1])
+        empty = values.get("past_key_values") is None or caches.is_empty(values["past_key_values"])
+        return (form_of(values), rows is not None, tokens.shape[1] == 1, empty), rows
 
     def step(
         self, module: torch.nn.Module, kwargs: dict[str, Any], modes: tuple[Any, ...]
@@ -100,7 +110,7 @@ class DecoderBinder:
         else:
             self.steps.remember(kwargs, call, entry, modes)
 
-    def _by_name(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         if not args:
             return dict(kwargs)
         names = list(self.parameters)
@@ -194,6 +204,20 @@ class DecoderBinder:
             # Eager then attends by what each attention module says of itself; a single token has no future to see.
             raise NotCompilable("its attention is bidirectional, and the model gave no mask for this call")
         return create_masks_for_generate(self.mask_config, embeds, mask, cache)
+
+
+def _counting_rows(mask: Any, length: int) -> torch.Tensor | None:
+    """(batch, sequence) positions that are no padding; ``None`` when all of them count."""
+    if isinstance(mask, Mapping):
+        mask = next((m for m in mask.values() if isinstance(m, torch.Tensor)), None)
+    if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4):
+        return None
+    rows = mask[:, -length:].bool() if mask.dim() == 2 else _open(mask)[:, 0].any(-1)
+    return None if bool(rows.all()) else rows
+
+
+def _open(mask: torch.Tensor) -> torch.Tensor:
+    return mask if mask.dtype is torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _each_arranged(masks: Mapping[str, Any], cache: Cache | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from compile_policy.errors import NotCompilable
+from compile_policy.proof import form_of
 from compile_policy.region import Bound
 from compile_policy.shapes import Labels
 from compile_policy_transformers import attention, compat
@@ -134,6 +135,9 @@ class EncoderBinder:
         if self.dynamic is None:
             self.dynamic = self._dynamic_dims(module, values)
         return Bound(dict(sorted(values.items())), self._label, example=lambda: self._example(module, values))
+
+    def form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, torch.Tensor | None]:
+        return form_of({**dict(zip(self.parameters, args, strict=False)), **kwargs}), None
 
     def _label(self, path: str, tensor: torch.Tensor) -> Labels:
         assert self.dynamic is not None

@@ -1,0 +1,121 @@
+"""A form of call is proved once: the caller's own call run eager, and the same call through the binder and the graph.
+
+An entry is compared with eager when it is built, on the canonical call. Whether the canonical call means what the
+caller's did, only the caller's call can tell: a decoder that derives positions from the padding mask, say, where the
+binder counts tokens. So the first call of every form (which arguments are given, of what kind) runs both ways on
+copies. The caller's cache, tensors and random state are not touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from compile_policy.reference import TOLERANCE, preserved, relative_error
+
+_DEPTH = 6
+
+
+def form_of(values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Which arguments a call gives and of what kind, without their sizes and numbers. Hashable."""
+    return tuple((name, _kind(value)) for name, value in sorted(values.items()) if value is not None)
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return (value.dim(), value.dtype)
+    if isinstance(value, Mapping):
+        return tuple((str(k), _kind(v)) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return (type(value), tuple(_kind(v) for v in value))
+    return value if isinstance(value, (bool, str, type(None))) else type(value)
+
+
+def misfit(
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    run: Callable[[tuple[Any, ...], dict[str, Any]], Any],
+    rows: torch.Tensor | None = None,
+    tolerance: Mapping[torch.dtype, float] = TOLERANCE,
+) -> str:
+    """How ``run(args, kwargs)`` differs from the module's own forward, in words; empty when it doesn't.
+
+    Both run on copies. A call on which eager itself fails is not compared: it is the caller's to hear of; nor is one
+    that draws random numbers.
+
+    Args:
+        rows: boolean, (batch, sequence): the positions that count, where some are padding. Nobody reads the others,
+            nor what they leave in a cache.
+    """
+    with preserved(module), torch.no_grad():
+        theirs, mine = _copied((args, dict(kwargs))), _copied((args, dict(kwargs)))
+        torch.manual_seed(0)
+        drawn = torch.get_rng_state()
+        try:
+            expected = module.forward(*theirs[0], **theirs[1])
+        except Exception:
+            return ""
+        if not torch.equal(drawn, torch.get_rng_state()):
+            return ""
+        torch.manual_seed(0)
+        try:
+            got = run(*mine)
+        except Exception as error:
+            return f"it fails with {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+        reason = _difference(dict(_tensors(got)), dict(_tensors(expected)), rows, tolerance, complete=rows is None)
+        if not reason and rows is None:
+            reason = _difference(dict(_tensors(mine)), dict(_tensors(theirs)), None, tolerance, complete=False)
+        return reason
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy; tensors in the middle of a gradient's graph, which ``deepcopy`` refuses, are cut off."""
+    memo: dict[int, Any] = {}
+    for _, tensor in _tensors(value):
+        memo[id(tensor)] = tensor.detach().clone(memory_format=torch.preserve_format)
+    return copy.deepcopy(value, memo)
+
+
+def _tensors(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in a nest of containers and plain objects such as caches, with its path."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif isinstance(value, torch.nn.Module) or depth > _DEPTH:
+        return
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(item, f"{path}.{key}", depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _tensors(item, f"{path}[{i}]", depth + 1)
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        for name, item in vars(value).items():
+            yield from _tensors(item, f"{path}.{name}", depth + 1)
+
+
+def _difference(
+    got: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    rows: torch.Tensor | None,
+    tolerance: Mapping[torch.dtype, float],
+    *,
+    complete: bool,
+) -> str:
+    for path, want in expected.items():
+        have = got.get(path)
+        if have is None or have.numel() == want.numel() == 0:
+            if complete and have is None:
+                return f"{path.lstrip('.')} is missing in the result"
+            continue  # a lazy cache layer that is not used
+        if rows is not None:
+            if want.shape[:-1] != rows.shape or have.shape != want.shape:
+                continue  # no hidden states: what padding leaves in a cache is read by nobody
+            have, want = have[rows], want[rows]
+        error = relative_error(have, want)
+        if error > tolerance.get(want.dtype, 0.0):
+            return f"{path.lstrip('.') or 'the result'} differs from eager by {error:.2g}"
+    return ""

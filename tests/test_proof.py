@@ -1,0 +1,149 @@
+"""Every form of call is proved once against the component's own forward, on copies."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from compile_policy import CompilationConfig, apply
+from compile_policy.applied import regions
+from compile_policy.errors import PolicyWarning
+from compile_policy.proof import form_of, misfit
+from compile_policy_transformers import tiny_inputs, tiny_model
+from compile_policy_transformers.components import qualname
+
+
+@pytest.fixture(scope="module")
+def opt() -> PreTrainedModel:
+    """A decoder that derives positions from the padding mask where no positions are given."""
+    return tiny_model("opt")
+
+
+def padded(model: PreTrainedModel) -> dict[str, Any]:
+    return tiny_inputs(model, text_len=9, batch=2)
+
+
+def applied(model: PreTrainedModel) -> Any:
+    apply(model, CompilationConfig(backend="eager"))
+    (region,) = regions(model)
+    return region
+
+
+@torch.no_grad()
+def test_a_form_that_the_binder_misreads_runs_eager(opt: PreTrainedModel) -> None:
+    """Positions that follow from the mask are not the binder's: equal to eager, with the reason."""
+    inputs = padded(opt)
+    want = opt(**inputs, use_cache=False).logits
+    region = applied(opt)
+    got = opt(**inputs, use_cache=False).logits
+    assert torch.equal(got, want)
+    assert region.eager_calls == 1
+    assert "does not fit calls of this form" in str(region.fallback)
+
+
+@torch.no_grad()
+def test_without_the_proof_it_would_be_wrong(opt: PreTrainedModel) -> None:
+    """The control: unproved, the padded row comes out wrong."""
+    inputs = padded(opt)
+    want = opt(**inputs, use_cache=False).logits
+    region = applied(opt)
+    region.forms = None
+    assert (opt(**inputs, use_cache=False).logits - want).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_another_form_of_the_same_entry_stays_compiled(opt: PreTrainedModel) -> None:
+    """Without padding, or with positions given, the same graph serves."""
+    inputs = padded(opt)
+    want = opt.generate(**inputs, max_new_tokens=4)
+    region = applied(opt)
+    assert torch.equal(opt.generate(**inputs, max_new_tokens=4), want)
+    assert (region.graphs, region.eager_calls) == (1, 0)
+
+
+@torch.no_grad()
+def test_a_form_is_looked_at_once() -> None:
+    """One eager run a form: not one for every call, whatever its sizes."""
+    model = tiny_model("llama")
+    region = applied(model)
+    runs: list[int] = []
+    plain = type(model.model).forward
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        runs.append(1)
+        return plain(model.model, *args, **kwargs)
+
+    for length in (4, 5, 6):
+        model(**tiny_inputs(model, text_len=length), use_cache=False)
+    known = dict(region.proved)
+    model.model.forward = counting
+    try:
+        region.fingerprint.current = lambda *, look_again: region.fingerprint.number  # the patch is no new structure
+        model(**tiny_inputs(model, text_len=7), use_cache=False)
+    finally:
+        del model.model.forward
+    assert runs == []
+    assert region.proved == known and len(known) == 1
+
+
+@torch.no_grad()
+def test_the_callers_cache_and_random_state_are_untouched() -> None:
+    """`misfit` works on copies."""
+    model = tiny_model("llama")
+    decoder = model.model
+    cache = DynamicCache(config=model.config)
+    embeds = torch.randn(2, 5, model.config.hidden_size)
+    decoder(inputs_embeds=embeds, past_key_values=cache)
+    held = copy.deepcopy(cache)
+    state = torch.get_rng_state()
+    kwargs = {"inputs_embeds": embeds[:, :1], "past_key_values": cache}
+    assert misfit(decoder, (), kwargs, lambda a, k: decoder.forward(*a, **k)) == ""
+    assert "differs from eager" in misfit(
+        decoder, (), kwargs, lambda a, k: decoder.forward(*a, **{**k, "inputs_embeds": k["inputs_embeds"] * 1.1})
+    )
+    assert all(torch.equal(a.keys, b.keys) for a, b in zip(cache.layers, held.layers, strict=True))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_cache_that_would_be_left_wrong_is_seen() -> None:
+    """A run with the right result and a wrong state is no fit."""
+    model = tiny_model("llama")
+    decoder = model.model
+    kwargs = {
+        "inputs_embeds": torch.randn(1, 3, model.config.hidden_size),
+        "past_key_values": DynamicCache(config=model.config),
+    }
+
+    def run(args: Any, given: dict[str, Any]) -> Any:
+        result = decoder.forward(*args, **given)
+        given["past_key_values"].layers[0].keys.mul_(1.5)
+        return result
+
+    assert "keys" in misfit(decoder, (), kwargs, run)
+
+
+def test_forms_tell_kinds_and_not_sizes() -> None:
+    """Another size is the same form; another rank, a missing argument or another flag is not."""
+    form = form_of({"x": torch.ones(2, 3), "flag": True, "gone": None})
+    assert form == form_of({"flag": True, "x": torch.ones(5, 1)})
+    assert form != form_of({"x": torch.ones(2), "flag": True})
+    assert form != form_of({"x": torch.ones(2, 3), "flag": False})
+    assert form != form_of({"x": torch.ones(2, 3)})
+
+
+@torch.no_grad()
+def test_hidden_states_are_recorded_once() -> None:
+    """Compiling a tower whose inner model has its output hooks leaves no second set (Transformers would)."""
+    model = tiny_model("deepseek_vl_hybrid")
+    inputs = tiny_inputs(model, text_len=8, images=[(64, 64)])
+    want = model(**inputs).logits  # installs the inner model's hooks
+    with pytest.warns(PolicyWarning, match="experimental"):
+        apply(model, CompilationConfig(backend="eager", compile_mm_encoder=True))
+    assert torch.allclose(model(**inputs).logits, want, atol=1e-4)
+    tower = next(r.module for r in regions(model) if "high_res" in (qualname(model, r.module) or ""))
+    pixels = inputs["high_res_pixel_values"]
+    assert len(tower.forward(pixels, output_hidden_states=True).hidden_states) == 3
