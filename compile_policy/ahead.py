@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from compile_policy import compat
+from compile_policy.blocks import BlockSummary, divide, whole
 from compile_policy.program import Package, Program, Segment
 
 _OPTIONS: dict[str, Any] = {
@@ -63,19 +64,38 @@ def sizes_from_tensors(gm: torch.fx.GraphModule) -> list[int]:
     return kept
 
 
-def lower_ahead(gm: torch.fx.GraphModule) -> Program:
-    """Compile ``gm``, whose inputs are all tensors, to one package: a program with one segment."""
-    package, n_inputs = make_package(gm), len(_inputs(gm))
-    results = tuple(range(n_inputs, n_inputs + len(gm.graph.output_node().args[0])))  # type: ignore[arg-type]
-    return Program([package], [Segment(0, tuple(range(n_inputs)), results)], results, n_inputs)
+def lower_ahead(
+    gm: torch.fx.GraphModule, *, flat: bool = False, autotune: bool = False
+) -> tuple[Program, BlockSummary]:
+    """Compile ``gm``, whose inputs are all tensors: blocks that are the same code once, or ``flat`` as one package.
+
+    Raises:
+        Exception: whatever AOTInductor raises.
+    """
+    pieces, summary = (whole if flat else divide)(gm)
+    numbers: dict[tuple[Any, ...], int] = {}
+    packages: list[Package] = []
+    segments: list[Segment] = []
+    slots = {node: slot for slot, node in enumerate(_inputs(gm))}
+    n_inputs = len(slots)
+    for piece in pieces:
+        if piece.form not in numbers:
+            numbers[piece.form] = len(packages)
+            packages.append(make_package(piece.graph, autotune=autotune))
+        taken = tuple(slots[node] for node in piece.inputs)
+        slots.update({node: slot for slot, node in enumerate(piece.results, len(slots))})
+        segments.append(Segment(numbers[piece.form], taken, tuple(slots[node] for node in piece.results)))
+    results: Any = gm.graph.output_node().args[0]
+    return Program(packages, segments, tuple(slots[node] for node in results), n_inputs), summary
 
 
-def make_package(gm: torch.fx.GraphModule) -> Package:
+def make_package(gm: torch.fx.GraphModule, *, autotune: bool = False) -> Package:
     """Compile ``gm``, whose inputs are all tensors, and load the package."""
+    options = {**_OPTIONS, "max_autotune": True} if autotune else _OPTIONS
     with tempfile.TemporaryDirectory(prefix="compile_policy_") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own pickling of its tree specs
         path = Path(folder) / "graph.pt2"
-        compat.write_package(gm, tuple(n.meta["example_value"] for n in _inputs(gm)), str(path), _OPTIONS)
+        compat.write_package(gm, tuple(n.meta["example_value"] for n in _inputs(gm)), str(path), options)
         return Package(path.read_bytes(), compat.load_package(str(path)))
 
 

@@ -82,7 +82,7 @@ def _compile_once(
         results = compiled(*leaves)
         graph = catcher.finish(results)
         if catcher.deferred is not None:
-            graph.lower_ahead(catcher.deferred)
+            graph.lower_ahead(catcher.deferred, lowering.program)
     return graph
 
 

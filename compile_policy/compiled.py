@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 
-from compile_policy.ahead import lower_ahead, sizes_from_tensors
+from compile_policy.ahead import sizes_from_tensors
+from compile_policy.blocks import BlockSummary
 from compile_policy.predicate import ShapeConditions
 from compile_policy.program import Program
+
+Lower = Callable[[torch.fx.GraphModule], tuple[Program, BlockSummary]]
 
 
 class AheadFault(Exception):
@@ -55,6 +58,7 @@ class CompiledGraph:
         traced: the code that capture ran through; empty for a graph that was loaded.
         why_jit: why a graph was not lowered ahead of time although that was tried; empty otherwise.
         program: the native packages, when lowered ahead of time; takes ``bound`` and then the leaves in ``order``.
+        blocks: how the graph was divided into packages; ``None`` on the other road.
     """
 
     code: Callable[..., Any]
@@ -67,6 +71,7 @@ class CompiledGraph:
     traced: list[types.CodeType] = field(default_factory=list)
     why_jit: str = ""
     program: Program | None = None
+    blocks: BlockSummary | None = None
     bound: list[torch.Tensor] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
 
@@ -83,8 +88,12 @@ class CompiledGraph:
             results = self.code(*[_input(a, leaves) for a in self.arguments])
         return [results[i] if kind == "graph" else leaves[i] for kind, i in self.outputs]
 
-    def lower_ahead(self, gm: torch.fx.GraphModule) -> None:
-        """Replace the captured graph's Python by a native package."""
+    def lower_ahead(self, gm: torch.fx.GraphModule, lower: Lower) -> None:
+        """Replace the captured graph's Python by native packages.
+
+        Raises:
+            AheadFault: ``lower`` could not take the graph.
+        """
         kept = sizes_from_tensors(gm)
         arguments = [self.arguments[i] for i in kept]
         bound = [i for i, a in enumerate(arguments) if a.kind == "tensor"]
@@ -93,7 +102,7 @@ class CompiledGraph:
         self.bound = [a.tensor for a in (arguments[i] for i in bound) if a.tensor is not None]
         self.order = [arguments[i].leaf for i in rest]
         try:
-            self.program = lower_ahead(gm)
+            self.program, self.blocks = lower(gm)
         except Exception as error:
             raise AheadFault(error) from error
 

@@ -11,7 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch._dynamo.backends.registry import lookup_backend
 
-from compile_policy.ahead import can_lower_ahead
+from compile_policy.ahead import can_lower_ahead, lower_ahead
+from compile_policy.blocks import BlockSummary
+from compile_policy.program import Program
 
 
 class Lowering(Protocol):
@@ -23,6 +25,9 @@ class Lowering(Protocol):
     def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]: ...
 
     def ahead(self, gm: torch.fx.GraphModule) -> bool: ...
+
+    def program(self, gm: torch.fx.GraphModule) -> tuple[Program, BlockSummary]:
+        """Native packages for a graph that goes ahead of time; its inputs are all tensors by now."""
 
     def jit(self) -> Lowering:
         """The road for what cannot be lowered ahead of time."""
@@ -42,15 +47,24 @@ class InductorJit:
     def ahead(self, gm: torch.fx.GraphModule) -> bool:
         return False
 
+    def program(self, gm: torch.fx.GraphModule) -> tuple[Program, BlockSummary]:
+        raise AssertionError("a graph for the JIT is lowered inside its capture")
+
     def jit(self) -> Lowering:
         return self
 
 
 class AheadOfTime(InductorJit):
-    """Native packages for graphs that AOTInductor can take, JIT for the others."""
+    """Native packages for graphs that AOTInductor can take, JIT for the others.
+
+    Autotuning is for one package of everything; otherwise blocks that are the same code are compiled once.
+    """
 
     def ahead(self, gm: torch.fx.GraphModule) -> bool:
         return can_lower_ahead(gm)
+
+    def program(self, gm: torch.fx.GraphModule) -> tuple[Program, BlockSummary]:
+        return lower_ahead(gm, flat=self.autotune, autotune=self.autotune)
 
     def jit(self) -> Lowering:
         return InductorJit(self.backend, autotune=self.autotune)
