@@ -79,6 +79,10 @@ class CompilationConfig(BaseModel):
     cache_dir: _OptionalPath = None
     """Directory for artifacts. Reserved: no effect yet, and setting it warns."""
 
+    cache_key_file: _OptionalPath = None
+    """Secret for a cache directory that is shared: what is not signed with it isn't loaded. None: the user's own, for a
+    private directory."""
+
     on_fault: Literal["eager", "error"] = "eager"
     """What a failed compile does: run the component eager, or raise `CompileFault`."""
 

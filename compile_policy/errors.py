@@ -6,6 +6,7 @@ Exception
 |       +-- ConfigError             a configuration field: unknown, wrong type, contradictory
 |       +-- DecorationError         a class that cannot be decorated as asked
 |       +-- UnsupportedModelError   an explicit wish that this model cannot fulfil
+|       +-- CacheError              a cache directory, key file or bundle that cannot be used or trusted
 |       +-- InputError              an input file or prompt that cannot be used
 |       +-- EnvironmentNotSupported version of torch or Transformers outside the tested range
 +-- RuntimeError
@@ -42,6 +43,10 @@ class UnsupportedModelError(PolicyError):
 
 class InputError(PolicyError):
     """An input (model folder, picture, prompt) cannot be used."""
+
+
+class CacheError(PolicyError):
+    """A cache directory, its key file or a bundle cannot be used, or is not to be trusted."""
 
 
 class EnvironmentNotSupported(PolicyError):
