@@ -75,9 +75,11 @@ class DecoderBinder:
         values = self._by_name(args, kwargs)
         tokens = values.get("inputs_embeds") if values.get("input_ids") is None else values["input_ids"]
         assert tokens is not None
-        rows = _counting_rows(values.get("attention_mask"), tokens.shape[1])
+        mask = values.get("attention_mask")
+        rows = _counting_rows(mask, tokens.shape[1])
+        padded = rows is not None or (isinstance(mask, torch.Tensor) and mask.dim() == 2 and not mask.all())
         empty = values.get("past_key_values") is None or caches.is_empty(values["past_key_values"])
-        return (form_of(values), rows is not None, tokens.shape[1] == 1, empty), rows
+        return (form_of(values), padded, tokens.shape[1] == 1, empty), rows
 
     def step(
         self, module: torch.nn.Module, kwargs: dict[str, Any], modes: tuple[Any, ...]

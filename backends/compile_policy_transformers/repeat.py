@@ -46,6 +46,7 @@ class Known:
         constants: arguments that are no tensors, by name.
         kinds: class of each cache layer; ``keys`` and ``values`` are the tensors that the call left there.
         layout: names of the call's arguments in order; ``blank`` has them all, without values.
+        given: names of the arguments as the caller gave them.
         others: positions of the leaves that do not belong to the cache.
     """
 
@@ -59,6 +60,7 @@ class Known:
     others: tuple[int, ...]
     mask_names: tuple[str, ...] | None
     blank: dict[str, None]
+    given: tuple[str, ...]
 
     def held(self, *, sliding: bool) -> int | None:
         """States held by a dynamic layer of the kind; ``None`` when there is none."""
@@ -66,6 +68,10 @@ class Known:
         if kind in self.kinds:
             return int(self.keys[self.kinds.index(kind)].shape[2])
         return None
+
+
+def _given(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple([name for name, value in kwargs.items() if value is not None])
 
 
 class DecodeSteps:
@@ -84,7 +90,7 @@ class DecodeSteps:
             if name not in _TENSORS and known.constants.get(name, known) is not value:
                 return None
         layers = cache.layers
-        if len(layers) != len(known.keys):
+        if len(layers) != len(known.keys) or known.given != _given(kwargs):
             return None
         if all(map(is_, map(_keys, layers), known.keys)) and all(map(is_, map(_values, layers), known.values)):
             return known
@@ -98,6 +104,8 @@ class DecodeSteps:
         kinds = tuple(map(type, carrier.cache.layers))
         if not set(kinds) <= {DynamicLayer, DynamicSlidingWindowLayer, StaticLayer}:
             return
+        if carrier.query_length != 1:
+            return  # the first step of a sequence is proved (`Region`) and remembered, the next ones repeat it
         constants = {name: value for name, value in kwargs.items() if name not in _TENSORS}
         if any(isinstance(value, (torch.Tensor, list, dict)) for value in constants.values()):
             return  # more tensors than a decode step has
@@ -113,6 +121,7 @@ class DecodeSteps:
             tuple(i for i, path in enumerate(entry.call.paths) if not path.startswith("past_key_values")),
             tuple(name for name, _ in mask[1]) if mask[0] == "dict" else None,
             {name: None for name, _ in entry.call.spec},
+            _given(kwargs),
         )
 
     @staticmethod
