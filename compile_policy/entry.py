@@ -13,7 +13,7 @@ from compile_policy import compat
 from compile_policy.call_key import Call, adapted, public_value
 from compile_policy.capture import compile_call
 from compile_policy.compiled import CompiledGraph
-from compile_policy.errors import NotCompilable
+from compile_policy.errors import NotCompilable, first_line
 from compile_policy.lowering import Lowering
 from compile_policy.reference import TOLERANCE as TOLERANCE
 from compile_policy.reference import Reference, preserved
@@ -131,7 +131,7 @@ def build_entry(
         except NotCompilable:
             raise
         except Exception as error:
-            raise ExampleUnfit(f"the component does not run on a synthetic example: {_first_line(error)}") from error
+            raise ExampleUnfit(f"the component does not run on a synthetic example: {first_line(error)}") from error
         for tensor in compat.loose_tensors(module):  # bound like parameters; their sizes are no sizes of the call
             compat.mark_static(tensor)
         graph = compile_call(reference.traceable(), example, labels, lowering, on_capture)
@@ -140,10 +140,6 @@ def build_entry(
         entry = Entry(call.description(), graph, output, reference.state_sizes, written)
         entry.max_error = reference.check(graph)
     return entry
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 
 def difference(entry: Entry, call: Call) -> str:

@@ -70,5 +70,10 @@ class NotCompilable(Exception):
         self.remedy = remedy
 
 
+def first_line(error: BaseException) -> str:
+    """Type and first line of an exception: what fits into a reason."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+
+
 class PolicyWarning(UserWarning):
     """A wish of the user was skipped; the message gives the reason and the remedy."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from compile_policy.errors import first_line
 from compile_policy.reference import TOLERANCE, preserved, relative_error
 
 _DEPTH = 6
@@ -65,7 +66,7 @@ def misfit(
         try:
             got = run(*mine)
         except Exception as error:
-            return f"it fails with {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+            return f"it fails with {first_line(error)}"
         reason = _difference(dict(_tensors(got)), dict(_tensors(expected)), rows, tolerance, complete=rows is None)
         if not reason and rows is None:
             reason = _difference(dict(_tensors(mine)), dict(_tensors(theirs)), None, tolerance, complete=False)

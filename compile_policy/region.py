@@ -22,7 +22,7 @@ from compile_policy.binder import SignatureBinder as SignatureBinder
 from compile_policy.binder import StepBinder as StepBinder
 from compile_policy.call_key import Call, make_call
 from compile_policy.entry import TOLERANCE, Entry, ExampleUnfit, build_entry
-from compile_policy.errors import BudgetExceeded, CompileFault, NotCompilable
+from compile_policy.errors import BudgetExceeded, CompileFault, NotCompilable, first_line
 from compile_policy.events import emit
 from compile_policy.example import examples
 from compile_policy.failure import Failure, failure_of
@@ -173,7 +173,12 @@ class Region:
         return (compat.modes(), self.module.training, self.fingerprint.number)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        bound = self.binder.bind(self.module, args, kwargs)
+        try:
+            bound = self.binder.bind(self.module, args, kwargs)
+        except NotCompilable:
+            raise
+        except Exception as error:  # eager says it better where the call is at fault, and runs where the binder is
+            raise PassingObstacle(f"the call could not be made canonical: {first_line(error)}") from error
         structure = self.fingerprint.current(look_again=bound.boundary)
         grad, inference, autocast, *ambient = compat.modes()
         extra = ((grad[1], inference[1], self.module.training, autocast[1]), structure, tuple(ambient))
@@ -289,10 +294,10 @@ class Region:
         emit("compile_start", self.name, "compiling", paths=list(call.paths))
         known = [e for found in self.entries.values() for e in found]
         if known:
-            difference = self._difference(known[-1], call)
+            difference = self.difference(known[-1], call)
             emit("new_entry", self.name, f"another graph is needed: {difference}", difference=difference)
 
-    def _difference(self, entry: Entry, call: Call) -> str:
+    def difference(self, entry: Entry, call: Call) -> str:
         """What made another graph necessary, in words."""
         (modes, structure, ambient), (modes_now, structure_now, ambient_now) = entry.call.key[2:], call.key[2:]
         if structure != structure_now:
@@ -306,8 +311,7 @@ class Region:
     def _fault(self, error: BaseException) -> NoReturn:
         """A capture or lowering that failed: eager, or ``on_fault="error"`` raises with the original as cause."""
         cause = compat.original_error(error)
-        first_line = (str(cause).strip().splitlines() or [""])[0]
-        reason = f"compiling failed with {type(cause).__name__}: {first_line[:300]}"
+        reason = f"compiling failed with {first_line(cause)}"
         if self.options.on_fault == "error":
             raise CompileFault(f"{self.name}: {reason}") from cause
         raise NotCompilable(reason, remedy=_REMEDIES.get(type(cause).__name__, "")) from cause

@@ -147,3 +147,21 @@ def test_hidden_states_are_recorded_once() -> None:
     tower = next(r.module for r in regions(model) if "high_res" in (qualname(model, r.module) or ""))
     pixels = inputs["high_res_pixel_values"]
     assert len(tower.forward(pixels, output_hidden_states=True).hidden_states) == 3
+
+
+@torch.no_grad()
+def test_a_binder_that_fails_is_no_failure_of_the_call() -> None:
+    """A call that cannot be made canonical runs eager, with the reason; eager tells of a mistake of the caller's."""
+    model = tiny_model("llama")
+    inputs = tiny_inputs(model, text_len=4)
+    want = model(**inputs).logits
+    region = applied(model)
+
+    def bind(*_: Any) -> Any:
+        raise KeyError("somewhere inside")
+
+    region.binder.bind = bind
+    assert torch.equal(model(**inputs).logits, want)
+    assert "could not be made canonical: KeyError" in str(region.fallback)
+    with pytest.raises(TypeError, match="no_such_argument"):
+        model.model.forward(no_such_argument=1)

@@ -145,19 +145,26 @@ class DecoderBinder:
             raise NotCompilable(f"the cache is a {type(cache).__name__}, which is no Transformers Cache")
         values["use_cache"] = use_cache
         if caches.needs_initialisation(cache):
-            caches.initialise(cache, self._layer_shapes(module, embeds), embeds.shape[0], embeds.device)
+            caches.initialise(cache, self._layer_shapes(module, values, embeds), embeds.shape[0], embeds.device)
         return cache
 
-    def _layer_shapes(self, module: torch.nn.Module, embeds: torch.Tensor) -> list[caches.LayerShape | None]:
-        """Learned once a dtype from a two-token call: configurations name heads and dims in too many ways."""
+    def _layer_shapes(
+        self, module: torch.nn.Module, values: Mapping[str, Any], embeds: torch.Tensor
+    ) -> list[caches.LayerShape | None]:
+        """Learned once a dtype by an eager call: configurations name heads and dims in too many ways."""
         if embeds.dtype not in self.shapes:
-            cache = caches.fresh_cache(self.config)
-            with torch.no_grad():
-                module.forward(
-                    inputs_embeds=embeds.new_zeros(1, 2, embeds.shape[2]), past_key_values=cache, use_cache=True
-                )
-            self.shapes[embeds.dtype] = caches.layer_shapes(cache)
+            two_tokens = {"inputs_embeds": embeds.new_zeros(1, 2, embeds.shape[2])}
+            try:
+                self.shapes[embeds.dtype] = self._shapes_after(module, two_tokens)
+            except Exception:  # it needs more than embeddings: the caller's call has all that
+                self.shapes[embeds.dtype] = self._shapes_after(module, values)
         return self.shapes[embeds.dtype]
+
+    def _shapes_after(self, module: torch.nn.Module, call: Mapping[str, Any]) -> list[caches.LayerShape | None]:
+        cache = caches.fresh_cache(self.config)
+        with torch.no_grad():
+            module.forward(**{**call, "past_key_values": cache, "use_cache": True})
+        return caches.layer_shapes(cache)
 
     def _position_ids(self, values: dict[str, Any], embeds: torch.Tensor, cache: Cache | None) -> None:
         if "position_ids" not in self.parameters:
