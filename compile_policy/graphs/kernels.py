@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -50,16 +50,18 @@ def kernels_of(entry: DumpedEntry) -> list[Kernel]:
     Raises:
         InputError: what says which operations are in which kernel is damaged.
     """
-    segments = [s for s in entry.record.get("segments", []) if isinstance(s, int)]
-    runs = Counter(segments)
-    twins = _twins(entry.ops() if "ops" in entry.files else [], segments)
+    runs, twins = Counter(_segments(entry)), _twins_of(entry)
     found: list[Kernel] = []
-    for number, package in enumerate(entry.packages):
+    for number, prefix in enumerate(entry.packages):
         times = runs.get(number, 1)
-        if entry.has(f"{package}provenance"):
-            found += _with_origins(entry, package, number, times, twins)
-        else:
-            found += [Kernel(name, graph=number, times=times) for name in kernel_codes(entry, number)]
+        to_captured, calls = _origins(entry, prefix)
+        if not calls:
+            calls = {name: [] for name in kernel_codes(entry, number)}
+        for call, nodes in calls.items():
+            name, _, serial = call.rpartition(":")  # Inductor numbers the calls
+            first = dict.fromkeys(pre for node in nodes for pre in to_captured.get(node, ()))
+            captured = tuple(dict.fromkeys(op for pre in first for op in (pre, *twins.get(pre, ()))))
+            found.append(Kernel(name if serial.isdigit() else call, tuple(nodes), captured, number, times))
     return found
 
 
@@ -75,6 +77,17 @@ def kernel_codes(entry: DumpedEntry, number: int = 0) -> dict[str, str]:
     return {"".join(m.groups("")): text[m.start() : end].rstrip() for m, end in zip(found, ends, strict=True)}
 
 
+def lowered_of(entry: DumpedEntry) -> dict[str, list[tuple[int, str]]]:
+    """Captured operation -> what it was lowered to: (number of the lowered graph, name in it)."""
+    twins = _twins_of(entry)
+    found: dict[str, list[tuple[int, str]]] = {}
+    for number, prefix in enumerate(entry.packages):
+        for post, pres in _origins(entry, prefix)[0].items():
+            for op in dict.fromkeys(op for pre in pres for op in (pre, *twins.get(pre, ()))):
+                found.setdefault(op, []).append((number, post))
+    return found
+
+
 def lowered_texts(entry: DumpedEntry) -> list[str]:
     """The lowered graphs as text, one a package; empty where it is not in the dump."""
     return [entry.read(f"{prefix}lowered") if entry.has(f"{prefix}lowered") else "" for prefix in entry.packages]
@@ -86,22 +99,31 @@ def _end(text: str, start: int) -> int:
     return start + after.start() if after else len(text)
 
 
-def _with_origins(
-    entry: DumpedEntry, prefix: str, number: int, times: int, twins: dict[str, list[str]]
-) -> Iterator[Kernel]:
-    """Inductor numbers the kernels' calls: ``name:number``."""
+def _origins(entry: DumpedEntry, prefix: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Lowered operation -> captured ones, and call of a kernel -> lowered operations in it; both empty if not known."""
     kind = f"{prefix}provenance"
+    if not entry.has(kind):
+        return {}, {}
     try:
         origins = json.loads(entry.read(kind))
-        to_captured, calls = origins["postToPre"], origins["cppCodeToPost"]
-        for call, nodes in calls.items():
-            name, _, serial = str(call).rpartition(":")
-            first = dict.fromkeys(pre for node in nodes for pre in to_captured.get(node, []))
-            captured = dict.fromkeys(str(op) for pre in first for op in (pre, *twins.get(pre, ())))
-            kernel = name if serial.isdigit() else str(call)
-            yield Kernel(kernel, tuple(map(str, nodes)), tuple(captured), number, times)
+        return _names(origins["postToPre"]), _names(origins["cppCodeToPost"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{entry.id}/{entry.files[kind]} is not what Inductor writes: {error!r}.") from None
+
+
+def _names(mapping: Any) -> dict[str, list[str]]:
+    return {str(key): [str(name) for name in names] for key, names in mapping.items()}
+
+
+def _segments(entry: DumpedEntry) -> list[int]:
+    return [package for package in entry.record.get("segments", []) if isinstance(package, int)]
+
+
+def _twins_of(entry: DumpedEntry) -> dict[str, list[str]]:
+    segments = _segments(entry)
+    if len(set(segments)) == len(segments) or "ops" not in entry.files:
+        return {}
+    return _twins(entry.ops(), segments)
 
 
 def _twins(ops: Sequence[dict[str, Any]], segments: Sequence[int]) -> dict[str, list[str]]:
@@ -110,8 +132,6 @@ def _twins(ops: Sequence[dict[str, Any]], segments: Sequence[int]) -> dict[str, 
     The graph was cut where a block of repeated modules begins and ends. The cuts are found again here, and taken only
     where they are as many as the steps of the program.
     """
-    if len(set(segments)) == len(segments):
-        return {}
     for level in range(_LEVELS):
         tensors = [op for op in ops if isinstance(op.get("shape"), list)]
         blocks = [_block(str(op.get("module", "")), level) for op in tensors]

@@ -2,77 +2,85 @@
 
 from __future__ import annotations
 
-import re
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
 
-from compile_policy.graphs.kernels import kernel_codes, kernels_of
-from compile_policy.graphs.reading import Dump, DumpedEntry
-from compile_policy.graphs.stats import code_of, line_of
+from compile_policy.graphs.page_data import page_data, without_code
+from compile_policy.graphs.reading import Dump
 from compile_policy.graphs.text import clean
 
-#: Code of kernels beyond this many characters is left out of a page.
-MAX_CODE = 2_000_000
+#: Bytes that a page may have. What would exceed them is left out, code first, and named on the page.
+MAX_PAGE = 5_000_000
+
+_WEB = Path(__file__).with_name("web")
+_SCRIPTS = (
+    "base.js",
+    "model.js",
+    "tree.js",
+    "inspect.js",
+    "entry.js",
+    "compare.js",
+    "overview.js",
+    "search.js",
+    "main.js",
+)
 
 
-def page_of(dump: Dump) -> str:
-    """The page; every name in it is escaped."""
+def page_of(
+    dump: Dump, *, events: Sequence[Mapping[str, Any]] = (), tlparse: str = "", max_bytes: int = MAX_PAGE
+) -> str:
+    """The page.
+
+    It is one file that loads nothing. Names from the dump are data to it: its script builds text from them and never
+    markup, the overview for readers without scripts is escaped, and a content security policy lets no other script run.
+
+    Args:
+        dump: whose entries to show.
+        events: more events than the dump has, as `json_lines` writes them.
+        tlparse: where a report of tlparse is, relative to the page; empty for none.
+        max_bytes: how large the page may be.
+    """
+    data = _cleaned(page_data(dump, events, tlparse))
+    while len(text := _rendered(data).encode()) > max_bytes:
+        smaller = without_code(data, len(text) - max_bytes)
+        if smaller is None:
+            break
+        data = smaller
+    return text.decode()
+
+
+def _rendered(data: dict[str, Any]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text("utf-8"))
-    entries, room, notes = [], MAX_CODE, list(dump.notes)
-    for entry in dump.entries:
-        described = _entry(entry)
-        size = sum(len(kernel["code"]) for kernel in described["kernels"])
-        if size > room:
-            notes.append(f"{entry.id}: the code of its kernels is left out, see its folder lowered/")
-            described["kernels"] = [{**kernel, "code": ""} for kernel in described["kernels"]]
-        else:
-            room -= size
-        entries.append(described)
-    return clean(template.render(entries=entries, notes=notes))
+    template = environment.from_string((_WEB / "page.html.j2").read_text("utf-8"))
+    script = '"use strict";\n' + "\n".join((_WEB / name).read_text("utf-8") for name in _SCRIPTS)
+    style = (_WEB / "style.css").read_text("utf-8")
+    return template.render(
+        data=data,
+        json=htmlsafe_json_dumps(data, dumps=json.dumps, separators=(",", ":")),
+        script=Markup(script),
+        style=Markup(style),
+        script_hash=_hash(script),
+        style_hash=_hash(style),
+    )
 
 
-def _entry(entry: DumpedEntry) -> dict[str, Any]:
-    record = entry.record
-    kernels, codes = kernels_of(entry), kernel_codes(entry)
-    uses: dict[str, list[int]] = {}
-    for number, kernel in enumerate(kernels):
-        for name in kernel.captured:
-            uses.setdefault(name, []).append(number)
-    return {
-        "id": entry.id,
-        "component": entry.component,
-        "cls": record.get("component", {}).get("cls", ""),
-        "seconds": record.get("seconds", ""),
-        "labels": ", ".join(record.get("labels", {})),
-        "backend": record.get("backend", ""),
-        "road": record.get("road", ""),
-        "arguments": [{name: _said(row.get(name)) for name in _COLUMNS} for row in record.get("arguments", [])],
-        "conditions": entry.read("conditions") if "conditions" in entry.files else "",
-        "ops": [_op(op, uses) for op in entry.ops()] if "ops" in entry.files else [],
-        "kernels": [{"name": k.name, "captured": k.captured, "code": codes.pop(k.name, "")} for k in kernels],
-    }
+def _hash(text: str) -> str:
+    """As a content security policy names a script or style that may be used."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-_COLUMNS = ("path", "dtype", "dims", "example")
-
-
-def _op(op: dict[str, Any], uses: dict[str, list[int]]) -> dict[str, Any]:
-    name = re.sub(r"\W", "_", str(op.get("name")))
-    return {
-        "name": name,
-        "op": op.get("op"),
-        "shape": _said(op.get("shape")),
-        "module": op.get("module") or "",
-        "place": line_of(op),
-        "code": code_of(op),
-        "kernels": uses.get(name, []),
-    }
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(map(str, value))}]"
-    return "" if value is None else str(value)
+def _cleaned(value: Any) -> Any:
+    """Every string without characters that control a terminal or turn text round."""
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, dict):
+        return {clean(str(key)): _cleaned(inside) for key, inside in value.items()}
+    return [_cleaned(inside) for inside in value] if isinstance(value, (list, tuple)) else value

@@ -37,12 +37,14 @@ class Source:
         line: its number.
         function: the function that it stands in.
         code: the line itself.
+        caller: the model's line that called this function, ``file:line: code``; empty where there is none.
     """
 
     file: str
     line: int
     function: str
     code: str
+    caller: str = ""
 
     @property
     def place(self) -> str:
@@ -102,17 +104,23 @@ def op_name(target: str) -> str:
 
 def model_source(stack: str) -> Source | None:
     """The innermost line of a stack that belongs to the model, or the innermost at all."""
-    frame = _model_frame(stack)
-    if frame is None:
+    frames = _model_frames(stack)
+    if not frames:
         return None
-    return Source(short_path(frame["file"]), int(frame["line"]), frame["function"], frame["code"].strip())
+    frame = frames[-1]
+    caller = _said(frames[-2]) if len(frames) > 1 else ""
+    return Source(short_path(frame["file"]), int(frame["line"]), frame["function"], frame["code"].strip(), caller)
+
+
+def _said(frame: re.Match[str]) -> str:
+    return f"{os.path.basename(frame['file'])}:{frame['line']}: {frame['code'].strip()}"
 
 
 @lru_cache(maxsize=4096)
-def _model_frame(stack: str) -> re.Match[str] | None:
+def _model_frames(stack: str) -> list[re.Match[str]]:
     frames = list(_FRAME.finditer(stack))
     own = [f for f in frames if not f["file"].startswith(_NOT_THE_MODEL) and _OUR_BACKENDS not in f["file"]]
-    return (own or frames)[-1] if frames else None
+    return own or frames[-1:]
 
 
 def surroundings(records: Sequence[dict[str, Any]], reach: int = 4) -> dict[str, dict[int, str]]:
@@ -122,8 +130,9 @@ def surroundings(records: Sequence[dict[str, Any]], reach: int = 4) -> dict[str,
     """
     found: dict[str, dict[int, str]] = {}
     for stack in dict.fromkeys(str(record.get("stack", "")) for record in records):
-        if (frame := _model_frame(stack)) is None:
+        if not (frames := _model_frames(stack)):
             continue
+        frame = frames[-1]
         lines = linecache.getlines(frame["file"])
         here = found.setdefault(short_path(frame["file"]), {})
         for number in range(max(1, int(frame["line"]) - reach), int(frame["line"]) + reach + 1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,9 +44,14 @@ class Stats:
 
     @property
     def moved(self) -> int | None:
-        """Bytes that all kernels move; ``None`` where that is not known of each."""
-        known = [moved for moved in self.kernel_bytes if moved is not None]
+        """Bytes that one call's kernels move; ``None`` where that is not known of each."""
+        known = [b * k.times for b, k in zip(self.kernel_bytes, self.kernels, strict=True) if b is not None]
         return sum(known) if known and len(known) == len(self.kernels) else None
+
+    @property
+    def kernel_calls(self) -> int:
+        """Kernels that one call runs; of a package that serves many blocks, those of every block."""
+        return sum(kernel.times for kernel in self.kernels)
 
     @property
     def fused(self) -> int:
@@ -68,6 +73,7 @@ class Stats:
             "cost": vars(self.cost),
             "kernels": kernels,
             "kernel_bytes": self.moved,
+            "kernel_calls": self.kernel_calls,
             "fused": self.fused,
         }
 
@@ -95,7 +101,7 @@ def stats_of(entry: DumpedEntry, given: Mapping[str, int] | None = None) -> Stat
         sum(costs, Cost()),
         _summed((str(op.get("op")) for op in ops), costs),
         _summed((str(op.get("module") or "") for op in ops), costs),
-        _moved(entry, kernels, sizes),
+        bytes_moved(entry, kernels, sizes),
     )
 
 
@@ -123,7 +129,8 @@ def _value(row: Mapping[str, Any]) -> Value:
     )
 
 
-def _moved(entry: DumpedEntry, kernels: tuple[Kernel, ...], sizes: Mapping[str, int]) -> tuple[int | None, ...]:
+def bytes_moved(entry: DumpedEntry, kernels: Sequence[Kernel], sizes: Mapping[str, int]) -> tuple[int | None, ...]:
+    """What one run of each kernel reads and writes; ``None`` where that is not known."""
     traffic = [Traffic(values_of(text), sizes) for text in lowered_texts(entry)]
     return tuple(traffic[k.graph].bytes(k.lowered) if k.graph < len(traffic) else None for k in kernels)
 
