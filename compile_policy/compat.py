@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch._dynamo
 import torch._inductor
+from torch._C._dynamo.guards import TensorGuards
 from torch._guards import TracingContext
 from torch._inductor.package.package import package_aoti
 from torch.autograd import forward_ad
@@ -32,6 +33,14 @@ _GLOBAL_HOOKS: tuple[Mapping[int, Any], ...] = (
     module_hooks._global_backward_pre_hooks,
     module_hooks._global_backward_hooks,
 )
+
+# Bound once: they are asked at every call.
+_is_grad_enabled, _is_inference_mode = torch.is_grad_enabled, torch.is_inference_mode_enabled
+_any_autocast, _default_dtype = torch._C._is_any_autocast_enabled, torch.get_default_dtype
+_deterministic, _matmul_precision = torch._C._get_deterministic_algorithms, torch._C._get_float32_matmul_precision
+_function_modes, _dispatch_modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
+_functorch_level, _jit_tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
+_global_pre, _global_after, _global_backward_pre, _global_backward = _GLOBAL_HOOKS
 
 _SIZE_OF_LEAF = re.compile(r"L\['leaves'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
 
@@ -157,6 +166,35 @@ def modes() -> tuple[tuple[str, Any], ...]:
     )
 
 
+def ambient(module: torch.nn.Module) -> tuple[Any, ...]:
+    """All that `modes` and `eager_only` look at, and the training flag, in the form that is cheapest to compare.
+
+    Equal tuples mean equal modes, and that what forbids compiled calls does so for both or for neither.
+    """
+    own = module.__dict__
+    return (
+        _is_grad_enabled(),
+        _is_inference_mode(),
+        _any_autocast() and autocast_state(),
+        _default_dtype(),
+        _deterministic(),
+        _matmul_precision(),
+        _function_modes() and _function_mode_names(),
+        _dispatch_modes(),
+        _functorch_level(),
+        _jit_tracing(),
+        forward_ad._current_level,
+        bool(_global_pre or _global_after or _global_backward_pre or _global_backward),
+        bool(own["_backward_hooks"] or own["_backward_pre_hooks"] or own["_forward_hooks_always_called"]),
+        own["training"],
+    )
+
+
+def _function_mode_names() -> tuple[Any, ...]:
+    modes = map(_function_mode, range(_function_modes()))
+    return tuple((type(mode), str(getattr(mode, "device", ""))) for mode in modes)
+
+
 def _default_devices() -> tuple[Any, ...]:
     """Devices of `torch.device` contexts, the outermost first; other function modes are for `eager_only`."""
     count = torch._C._len_torch_function_stack()
@@ -192,7 +230,8 @@ def eager_only(module: torch.nn.Module) -> str:
 
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether forward hooks are registered on the module itself."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    own = module.__dict__
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
 
 
 def call_with_hooks(module: torch.nn.Module, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -226,6 +265,23 @@ def loose_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
     return [v for v in [*values, *inside] if type(v) is torch.Tensor]
 
 
+def alike(tensors: Sequence[torch.Tensor], varying: Sequence[int | None]) -> Callable[..., bool]:
+    """A check that as many arguments are tensors like these, in one call and without looking at their values.
+
+    Compared are class, dtype, device, layout, sizes, strides, ``requires_grad`` and the dispatch keys (a lazy
+    conjugate, a tensor of inference mode, a vmapped one), as the calling thread sees them.
+
+    Args:
+        varying: per tensor the dim whose size may differ. The strides of the dims before it are free then.
+    """
+    places = [-1 if dim is None else dim for dim in varying]
+    sizes = [[None if i == d else n for i, n in enumerate(t.shape)] for t, d in zip(tensors, places, strict=True)]
+    strides = [[None if i < d else n for i, n in enumerate(t.stride())] for t, d in zip(tensors, places, strict=True)]
+    make: Any = TensorGuards  # its stub says otherwise
+    check: Callable[..., bool] = make(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    return check
+
+
 def mark_static(tensor: torch.Tensor) -> None:
     """Trace the tensor's sizes as constants."""
     torch._dynamo.mark_static(tensor)
@@ -257,3 +313,8 @@ def inductor_passes() -> list[str]:
 def cpu_capability() -> str:
     """Which of its own kernels torch takes on this processor."""
     return str(torch.backends.cpu.get_cpu_capability())
+
+
+def default_store() -> Any:
+    """The key-value store through which the default process group was set up; every rank reaches it."""
+    return torch.distributed.distributed_c10d._get_default_store()

@@ -58,9 +58,9 @@ class Folders:
         return self.root / "locks" / digest
 
     def make(self, path: Path) -> None:
-        """Make a folder below the root, and those between."""
+        """Make a folder below the root, those between, and the root."""
         if not path.is_dir():
-            for folder in (*reversed(path.relative_to(self.root).parents[:-1]), path.relative_to(self.root)):
+            for folder in (*reversed(path.relative_to(self.root).parents), path.relative_to(self.root)):
                 self.disk.make_folder(self.root / folder)
 
     @contextlib.contextmanager

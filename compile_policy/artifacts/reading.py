@@ -114,6 +114,17 @@ def _read_file(folder: int, name: str, record: FileRecord) -> bytes:
         raise Damaged("missing", f"{name} is not there") from None
     if size != record.size:
         raise Damaged("size", f"{name} has {size} bytes instead of {record.size}")
+    return verified(name, data, record)
+
+
+def verified(name: str, data: bytes, record: FileRecord) -> bytes:
+    """The same bytes, once they are those of the manifest.
+
+    Raises:
+        Damaged: they are not.
+    """
+    if len(data) != record.size:
+        raise Damaged("size", f"{name} has {len(data)} bytes instead of {record.size}")
     if sha256(data) != record.sha256:
         raise Damaged("hash", f"{name} was changed")
     return data
