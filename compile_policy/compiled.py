@@ -5,14 +5,16 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from compile_policy.ahead import sizes_from_tensors
 from compile_policy.blocks import BlockSummary
+from compile_policy.errors import first_line
 from compile_policy.predicate import ShapeConditions
-from compile_policy.program import Program
+from compile_policy.program import Program, picker
 
 Lower = Callable[[torch.fx.GraphModule], tuple[Program, BlockSummary]]
 
@@ -22,7 +24,7 @@ class AheadFault(Exception):
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
-        self.reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+        self.reason = first_line(error)
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,43 @@ class CompiledGraph:
         """``ahead`` of time, or ``jit``."""
         return "ahead" if self.program is not None else "jit"
 
-    def run(self, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Call the graph; leaves as `Call.leaves` of a call with the entry's key."""
+    def run(self, leaves: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Call the graph; leaves as `Call.leaves` of a call with the entry's key. From the first run on, nothing of
+        the graph may change."""
         if self.program is not None:
-            results = self.program.run([*self.bound, *[leaves[i] for i in self.order]])
+            results: Sequence[torch.Tensor] = self.program.run(self.bound + self._in_order(leaves))
         else:
-            results = self.code(*[_input(a, leaves) for a in self.arguments])
+            results = self.code(*self._inputs(leaves))
+        if self._as_made and len(results) == len(self.outputs):
+            return results
         return [results[i] if kind == "graph" else leaves[i] for kind, i in self.outputs]
+
+    def _inputs(self, leaves: Sequence[torch.Tensor]) -> list[Any]:
+        """The inputs of ``code``: only what the call brings is put in its place."""
+        fixed, leaf_places, pick, sizes = self._places
+        inputs = fixed.copy()
+        for place, leaf in zip(leaf_places, pick(leaves), strict=True):
+            inputs[place] = leaf
+        for place, leaf_number, dim in sizes:
+            inputs[place] = leaves[leaf_number].shape[dim]
+        return inputs
+
+    @cached_property
+    def _places(self) -> tuple[list[Any], list[int], Callable[[Any], list[Any]], list[tuple[int, int, int]]]:
+        numbered = list(enumerate(self.arguments))
+        leaves = [(i, a.leaf) for i, a in numbered if a.kind == "leaf"]
+        sizes = [(i, a.leaf, a.dim) for i, a in numbered if a.kind == "size"]
+        fixed = [a.tensor for a in self.arguments]
+        return fixed, [i for i, _ in leaves], picker([leaf for _, leaf in leaves]), sizes
+
+    @cached_property
+    def _in_order(self) -> Callable[[list[Any]], list[Any]]:
+        return picker(self.order)
+
+    @cached_property
+    def _as_made(self) -> bool:
+        """Whether the results are the graph's outputs as they come."""
+        return self.outputs == [("graph", i) for i in range(len(self.outputs))]
 
     def lower_ahead(self, gm: torch.fx.GraphModule, lower: Lower) -> None:
         """Replace the captured graph's Python by native packages.
@@ -105,13 +137,6 @@ class CompiledGraph:
             self.program, self.blocks = lower(gm)
         except Exception as error:
             raise AheadFault(error) from error
-
-
-def _input(argument: Argument, leaves: Sequence[torch.Tensor]) -> Any:
-    if argument.kind == "tensor":
-        return argument.tensor
-    leaf = leaves[argument.leaf]
-    return leaf if argument.kind == "leaf" else leaf.shape[argument.dim]
 
 
 def _reorder_inputs(gm: torch.fx.GraphModule, order: Sequence[int]) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 
 from compile_policy import compat
 from compile_policy.call_key import Call, adapted, public_value
@@ -15,6 +14,7 @@ from compile_policy.capture import compile_call
 from compile_policy.compiled import CompiledGraph
 from compile_policy.errors import NotCompilable, first_line
 from compile_policy.lowering import Lowering
+from compile_policy.outputs import OutputSpec as OutputSpec
 from compile_policy.reference import TOLERANCE as TOLERANCE
 from compile_policy.reference import Reference, preserved
 from compile_policy.reference import relative_error as relative_error
@@ -23,28 +23,6 @@ from compile_policy.shapes import Labels
 
 class ExampleUnfit(NotCompilable):
     """The component does not run on this example; it may on another one."""
-
-
-@dataclass(frozen=True)
-class OutputSpec:
-    """How to put a component's result together.
-
-    Attributes:
-        tree: pytree structure of the result.
-        leaves: per leaf ``("tensor",)``, ``("value", argument name)`` or ``("const", value)``.
-    """
-
-    tree: pytree.TreeSpec
-    leaves: tuple[tuple[Any, ...], ...]
-
-    def build(self, tensors: Iterator[torch.Tensor], values: Any) -> Any:
-        return pytree.tree_unflatten([self._leaf(leaf, tensors, values) for leaf in self.leaves], self.tree)
-
-    @staticmethod
-    def _leaf(leaf: tuple[Any, ...], tensors: Iterator[torch.Tensor], values: Any) -> Any:
-        if leaf[0] == "tensor":
-            return next(tensors)
-        return public_value(values[leaf[1]]) if leaf[0] == "value" else leaf[1]
 
 
 @dataclass
@@ -71,15 +49,14 @@ class Entry:
         """Run the graph for a call with this entry's key and accepted sizes."""
         self.calls += 1
         results = self.graph.run(call.leaves)
-        if getattr(call, "copied", None):  # a repeated step carries leaves only
+        if call.copied:
             results = self._as_given(call, results)
-        tensors = iter(results)
-        result = self.output.build(tensors, call.values)
+        result = self.output.build(results, {name: public_value(call.values[name]) for name in self.output.names})
         if self.state_sizes:
-            self._write_back(call, tensors)
+            self._write_back(call, iter(results[self.output.tensors :]))
         return result
 
-    def _as_given(self, call: Call, results: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _as_given(self, call: Call, results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Where the graph saw a contiguous copy, the caller's tensor takes its place again."""
         for i in self.written & call.copied.keys():
             call.copied[i].copy_(call.leaves[i])

@@ -78,10 +78,10 @@ class Program:
             if slot not in self.outputs:
                 done[last.get(slot, step)].append(slot)
         self._steps = [
-            (self.packages[s.package].run, _picker(s.inputs), tuple(free))
+            (self.packages[s.package].run, picker(s.inputs), tuple(free))
             for s, free in zip(self.segments, done, strict=True)
         ]
-        self._results = _picker(self.outputs)
+        self._results = picker(self.outputs)
 
     def run(self, inputs: list[Any]) -> list[torch.Tensor]:
         """Run all segments on ``inputs``, a list of ``n_inputs`` tensors that is used up; intermediate results are
@@ -128,7 +128,7 @@ class Program:
             raise ValueError("the result is a slot that nothing fills")
 
 
-def _picker(slots: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
+def picker(slots: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
     """The given places of a list, as a new list."""
     if len(slots) > 1:
         pick = itemgetter(*slots)

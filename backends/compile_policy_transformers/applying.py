@@ -18,8 +18,11 @@ from compile_policy.region import Binder, Region, region_of
 from compile_policy_transformers import compat
 from compile_policy_transformers.components import meta_model
 from compile_policy_transformers.decoder import DecoderBinder
+from compile_policy_transformers.outputs import use_for_outputs
 from compile_policy_transformers.planning import make_plan
 from compile_policy_transformers.vision import EncoderBinder
+
+use_for_outputs()
 
 
 def apply(model: torch.nn.Module, config: CompilationConfig) -> Plan:
