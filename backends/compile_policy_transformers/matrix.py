@@ -1,0 +1,260 @@
+"""What the policy does with one architecture, measured: built tiny, run eager, run compiled, compared.
+
+The same requests (other text lengths, batches with padding, one picture and several, other sizes) go through the
+model's forward without a cache and through its own `generate` with a dynamic and a static one, eager first and then
+under the policy. Dynamo captures; the captured graph runs operator by operator, so that counts and equality are those
+of the policy and not of a code generator.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from compile_policy.applied import apply, plan, remove, report
+from compile_policy.config import CompilationConfig
+from compile_policy.errors import PolicyError, first_line
+from compile_policy.events import Event, listening
+from compile_policy.plan import Component, ComponentReport
+from compile_policy.reference import relative_error
+from compile_policy_transformers import compat
+from compile_policy_transformers.tiny import tiny_inputs, tiny_model
+
+KINDS = ("none", "dynamic", "static")
+NEW_TOKENS = 4
+#: Of the largest logit. Eager and captured code run the same operators in float32; what is wrong is wrong by far more.
+TOLERANCE = 1e-3
+
+
+#: Text-only decoders beside the multimodal ones.
+TEXT = (
+    *("llama", "qwen3", "gemma2", "mistral", "phi3", "olmo2", "granite", "qwen2_moe", "mixtral", "deepseek_v3"),
+    *("qwen3_next", "mamba2", "jamba", "gpt_oss", "cohere2", "bloom", "gpt2", "smollm3", "exaone4"),
+)
+
+
+def matrix_types() -> list[str]:
+    """Every image-text-to-text, audio and omni architecture of the installed Transformers, and some text decoders."""
+    multimodal = [t for task in ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM") for t in compat.model_class_names(task)]
+    known = compat.model_class_names("CAUSAL_LM")
+    return sorted({*multimodal, *(t for t in TEXT if t in known)})
+
+
+@dataclass(frozen=True)
+class Request:
+    """One batch of prompts."""
+
+    text: int
+    pictures: tuple[tuple[int, int], ...]
+    batch: int = 1
+
+
+REQUESTS = (
+    Request(9, ((56, 56),)),
+    Request(14, ((56, 84), (84, 56)), batch=2),
+    Request(23, ((84, 84),), batch=3),
+    Request(11, ()),
+    Request(6, ((56, 112), (56, 56), (112, 56))),
+    Request(17, (), batch=2),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What happened to one component over all requests.
+
+    Attributes:
+        state: ``ok`` (one graph per component, equal, never eager), ``graphs`` (equal, more than one), ``eager``
+            (equal, some or all calls eager), ``wrong``, ``raises``, ``no reference`` (eager itself cannot run it) or
+            ``absent`` (there is no such component).
+        graphs: captures of all components of the role.
+        error: largest difference to eager, relative to the largest logit.
+        reason: why not ``ok``; ``remedy``: what would change that; ``place``: the model's line at fault, if one is.
+    """
+
+    state: str
+    graphs: int = 0
+    calls: int = 0
+    eager_calls: int = 0
+    error: float = 0.0
+    requests: int = 0
+    reason: str = ""
+    remedy: str = ""
+    place: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One architecture.
+
+    Attributes:
+        components: role, path and class of each component.
+        decoder: kind of cache -> what happened.
+        encoder: what happened to the encoders with ``compile_mm_encoder``.
+        control: difference that an ignored padding mask, or a blank picture, makes: the comparison would notice it.
+    """
+
+    model_type: str
+    model_cls: str = ""
+    components: tuple[tuple[str, str, str], ...] = ()
+    decoder: Mapping[str, Cell] | None = None
+    encoder: Cell | None = None
+    control: float = 0.0
+    obstacle: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(model_type: str) -> Row:
+    """Build ``model_type`` tiny and run all requests in every way."""
+    try:
+        model = tiny_model(model_type)
+    except Exception as error:
+        return Row(model_type, obstacle=f"cannot be built: {first_line(error)}")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        prompts = _prompts(model)
+        if not prompts:
+            return Row(model_type, type(model).__name__, obstacle="no request runs eager")
+        decoder = {kind: _cell(model, prompts, kind, "decoder") for kind in KINDS}
+        encoder = _cell(model, prompts, "none", "encoder")
+        components = tuple((c.role, c.qualname, c.cls) for c in _planned(model))
+        return Row(model_type, type(model).__name__, components, decoder, encoder, _control(model, prompts))
+
+
+def _planned(model: PreTrainedModel) -> Sequence[ComponentReport]:
+    apply(model, CompilationConfig(backend="eager"))
+    rows = report(model).components
+    remove(model)
+    return rows
+
+
+def _prompts(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """The requests that the model takes eager; text alone, or several pictures, are not for every model."""
+    prompts = []
+    for seed, request in enumerate(REQUESTS):
+        try:
+            inputs = tiny_inputs(model, text_len=request.text, images=request.pictures, batch=request.batch, seed=seed)
+            model(**inputs)
+        except Exception:
+            continue
+        prompts.append(inputs)
+    return prompts
+
+
+def _cell(model: PreTrainedModel, prompts: Sequence[dict[str, Any]], kind: str, role: str) -> Cell:
+    expected = [_attempt(model, prompt, kind) for prompt in prompts]
+    usable = [(p, e) for p, e in zip(prompts, expected, strict=True) if not isinstance(e, Exception)]
+    if not usable:
+        return Cell("no reference", reason=first_line(expected[0]))
+    told: list[Event] = []
+    with listening(told.append):
+        try:
+            apply(model, CompilationConfig(backend="eager", compile_mm_encoder=role == "encoder", max_entries=64))
+        except PolicyError as error:
+            return Cell("absent" if role == "encoder" else "raises", reason=error.message, remedy=error.remedy)
+        try:
+            got = [_attempt(model, prompt, kind) for prompt, _ in usable]
+            rows = [c for c in report(model).components if c.role.split("[")[0] == role]
+            plans = {c.qualname: c for c in plan(model).components}
+        finally:
+            remove(model)
+    return _judged(got, [e for _, e in usable], rows, told, plans)
+
+
+def _judged(
+    got: Sequence[Any],
+    expected: Sequence[Any],
+    rows: Sequence[ComponentReport],
+    told: Sequence[Event],
+    plans: Mapping[str, Component],
+) -> Cell:
+    """The worst that happened, and why."""
+    pairs = zip(got, expected, strict=True)
+    error = max((_difference(g, e) for g, e in pairs if not isinstance(g, Exception)), default=0.0)
+    compiled = [c for c in rows if c.decision == "compile"]
+    counts: dict[str, Any] = {
+        "graphs": sum(c.graphs for c in rows),
+        "calls": sum(c.calls for c in rows),
+        "eager_calls": sum(c.eager_calls for c in rows),
+        "error": error,
+        "requests": len(got),
+    }
+    raised = next((g for g in got if isinstance(g, Exception)), None)
+    if raised is not None:
+        return Cell("raises", **counts, reason=first_line(raised))
+    if error > TOLERANCE:
+        return Cell("wrong", **counts)
+    if not rows:
+        return Cell("absent", **counts)
+    if not compiled:
+        planned = plans[rows[0].qualname]
+        return Cell("eager", **counts, reason=planned.reason, remedy=planned.remedy)
+    for event in told:
+        if event.kind == "fallback" and any(event.component == f"{c.role} {c.qualname}".strip() for c in compiled):
+            place = f"{os.path.basename(event.data['file'])}:{event.data['line']}" if "file" in event.data else ""
+            return Cell("eager", **counts, reason=event.data["reason"], remedy=event.data["remedy"], place=place)
+    if counts["calls"] == 0:
+        return Cell("eager", **counts, reason="it is never called")
+    if all(c.graphs <= 1 for c in compiled):
+        return Cell("ok", **counts)
+    reasons = [e.data["difference"] for e in told if e.kind == "new_entry"]
+    return Cell("graphs", **counts, reason=reasons[0] if reasons else "")
+
+
+def _attempt(model: PreTrainedModel, prompt: dict[str, Any], kind: str) -> Any:
+    torch.manual_seed(0)
+    try:
+        if kind == "none":
+            accepts = "use_cache" in inspect.signature(model.forward).parameters
+            return [model(**prompt, **({"use_cache": False} if accepts else {})).logits]
+        options: dict[str, Any] = {"cache_implementation": "static"} if kind == "static" else {}
+        generate: Any = model.generate
+        out = generate(
+            **prompt,
+            **options,
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return list(out.logits)
+    except Exception as error:
+        return error
+
+
+def _difference(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    if len(got) != len(expected):
+        return float("inf")
+    return max(relative_error(g, e) for g, e in zip(got, expected, strict=True))
+
+
+def _control(model: PreTrainedModel, prompts: Sequence[dict[str, Any]]) -> float:
+    """The largest change that ignoring padding, or blanking the pictures, makes to the logits."""
+    worst = 0.0
+    for prompt in prompts:
+        expected = _attempt(model, prompt, "none")
+        for altered in _altered(prompt):
+            got = _attempt(model, altered, "none")
+            if not isinstance(got, Exception) and not isinstance(expected, Exception):
+                worst = max(worst, _difference(got, expected))
+    return worst
+
+
+def _altered(prompt: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    mask = prompt.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and not mask.all():
+        yield {**prompt, "attention_mask": torch.ones_like(mask)}
+    for name in ("pixel_values", "flattened_patches"):
+        pixels = prompt.get(name)
+        if isinstance(pixels, torch.Tensor):
+            yield {**prompt, name: torch.zeros_like(pixels)}

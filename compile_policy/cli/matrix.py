@@ -1,0 +1,152 @@
+"""``compile-policy matrix``: what the policy does with every architecture, measured now and not written by hand."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from compile_policy.cli.matrix_page import page, row_lines, table
+from compile_policy.cli.session import Session
+from compile_policy.cli.terminal import Terminal
+from compile_policy.errors import InputError
+
+Row = dict[str, Any]
+Types = Annotated[list[str] | None, typer.Argument(metavar="[TYPES]...", help="Architectures; all when left out.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Write the page here, such as docs/models.md.")]
+Check = Annotated[Path | None, typer.Option("--check", help="Fail where this page differs from what is measured.")]
+Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Architectures measured at once.")]
+Timeout = Annotated[float, typer.Option("--timeout", min=1, help="Seconds for one architecture.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Here = Annotated[bool, typer.Option("--here", hidden=True, help="Measure in this process.")]
+
+
+def matrix(
+    context: typer.Context,
+    types: Types = None,
+    out: Out = None,
+    check: Check = None,
+    jobs: Jobs = 2,
+    timeout: Timeout = 300.0,
+    as_json: AsJson = False,
+    here: Here = False,
+) -> int:
+    """Build architectures tiny, compile them under the policy, and say what holds: graphs, equality, reasons.
+
+    Rows that are done are kept beside --out until all are, so that a run that was stopped goes on where it was.
+    """
+    session: Session = context.obj
+    wanted = _wanted(session, types)
+    if here:
+        measure = _module(session).measure
+        rows = [measure(name).to_dict() for name in wanted]
+    else:
+        kept = _Kept(out)
+        known = {name: row for name, row in kept.rows().items() if name in wanted}
+        for row in _measured(session.terminal, [n for n in wanted if n not in known], jobs, timeout):
+            kept.add(row)
+            known[row["model_type"]] = row
+        rows = [known[name] for name in wanted]
+    if out is not None:
+        out.write_text(page(rows, versions()), encoding="utf-8")
+        kept.done()
+    if as_json:
+        print(json.dumps({"versions": versions(), "rows": rows}))
+    elif check is None:
+        session.terminal.out.print(table(rows))
+    return 0 if check is None else _checked(session.terminal, check, rows)
+
+
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+
+
+def _module(session: Session) -> Any:
+    return importlib.import_module(f"{session.backend().__name__}.matrix")
+
+
+def _wanted(session: Session, types: list[str] | None) -> list[str]:
+    known = _module(session).matrix_types()
+    unknown = sorted(set(types or ()) - set(known))
+    if unknown:
+        raise InputError(
+            f"no architecture {unknown[0]!r}", remedy="compile-policy matrix --help; names are model types."
+        )
+    return sorted(set(types)) if types else known
+
+
+def _measured(terminal: Terminal, types: Sequence[str], jobs: int, timeout: float) -> Iterator[Row]:
+    """A process for each architecture: one that crashes, or never ends, costs its own row only."""
+    columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    clock = Progress(*columns, TimeElapsedColumn(), console=terminal.err, disable=not terminal.animated)
+    with ThreadPoolExecutor(jobs) as pool, clock:
+        task = clock.add_task("", total=len(types))
+        try:
+            for future in as_completed([pool.submit(_measure_apart, name, timeout) for name in types]):
+                row = future.result()
+                clock.update(task, advance=1, description=row["model_type"])
+                if not terminal.animated:
+                    terminal.note(f"measured {row['model_type']}")
+                yield row
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _measure_apart(name: str, timeout: float) -> Row:
+    command = [sys.executable, "-m", "compile_policy.cli", "matrix", name, "--here", "--json"]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+    except subprocess.TimeoutExpired:
+        return {"model_type": name, "obstacle": f"took longer than {timeout:.0f} s"}
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return {"model_type": name, "obstacle": f"the measurement failed: {last[:300]}"}
+    row: Row = json.loads(done.stdout.strip().splitlines()[-1])["rows"][0]
+    return row
+
+
+class _Kept:
+    """Rows of a run that is not done yet, one JSON object a line; those of other versions do not count."""
+
+    def __init__(self, out: Path | None) -> None:
+        self.path = None if out is None else out.with_name(f".{out.name}.rows")
+
+    def rows(self) -> dict[str, Row]:
+        if self.path is None or not self.path.exists():
+            return {}
+        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        return {line["row"]["model_type"]: line["row"] for line in lines if line["versions"] == versions()}
+
+    def add(self, row: Row) -> None:
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"versions": versions(), "row": row}) + "\n")
+
+    def done(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def _checked(terminal: Terminal, path: Path, rows: Sequence[Row]) -> int:
+    """Compare the rows with the lines of a page; 1 when one is no longer true."""
+    if not path.exists():
+        raise InputError(f"no page {path}", remedy=f"Make it: compile-policy matrix --out {path}")
+    lines = set(path.read_text(encoding="utf-8").splitlines())
+    stale = [line for row in rows for line in row_lines(row) if line not in lines]
+    for line in stale:
+        terminal.note(f"not in {path}: {line}", style="red")
+    if not stale:
+        terminal.note(f"{path} is true for {len(rows)} architectures", style="green")
+    return 1 if stale else 0
