@@ -111,11 +111,11 @@ class Folders:
         self.disk.remove(aside)
         return True
 
-    def sweep(self) -> int:
+    def sweep(self, *, older_than: float = _YOUNG_SECONDS) -> int:
         """Remove what writers that are gone left in ``tmp/``; returns how many folders."""
         gone = 0
         for path in _children(self.temporary):
-            if _abandoned(path):
+            if _abandoned(path, older_than):
                 self.disk.remove(path)
                 gone += 1
         return gone
@@ -164,7 +164,7 @@ def _manifest(path: Path) -> Manifest | Miss:
         return Miss("unreadable", f"the manifest cannot be read: {error.strerror or error}")
 
 
-def _abandoned(path: Path) -> bool:
+def _abandoned(path: Path, older_than: float) -> bool:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -178,4 +178,4 @@ def _abandoned(path: Path) -> bool:
         return age > _ABANDONED_SECONDS
     finally:
         os.close(descriptor)
-    return age > _YOUNG_SECONDS
+    return age >= older_than
