@@ -1,5 +1,6 @@
 """The Transformers backend of compile-policy: the only place that imports Transformers."""
 
+from compile_policy_transformers import explaining as explaining
 from compile_policy_transformers.applying import apply as apply
 from compile_policy_transformers.applying import remove as remove
 from compile_policy_transformers.base import find_components as find_components

@@ -15,6 +15,7 @@ import typer
 
 from compile_policy.cli import graphs, layers
 from compile_policy.cli.config import config
+from compile_policy.cli.explain import explain
 from compile_policy.cli.generate import generate
 from compile_policy.cli.plan import plan
 from compile_policy.cli.session import Session
@@ -42,7 +43,7 @@ _EPILOG = "\n\n".join(
 app = typer.Typer(
     add_completion=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
 )
-for command in (generate, plan, config):
+for command in (generate, plan, explain, config):
     app.command(epilog=_EPILOG)(command)
 app.add_typer(graphs.app, name="graphs")
 app.add_typer(layers.app, name="layers")

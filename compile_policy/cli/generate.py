@@ -14,6 +14,7 @@ import compile_policy
 from compile_policy.cli.inputs import TINY, Question, check_model, encode, open_picture, question_for
 from compile_policy.cli.plan import Model
 from compile_policy.cli.progress import progress
+from compile_policy.cli.recording import Events, events_to
 from compile_policy.cli.session import Session, loading
 from compile_policy.cli.streaming import AnswerStreamer, Decode
 from compile_policy.cli.tables import print_report
@@ -36,6 +37,7 @@ def generate(
     dump_graphs: Annotated[
         str | None, typer.Option("--dump-graphs", metavar="DIR", help="Write the graphs here.")
     ] = None,
+    events: Events = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> int:
     """Load a model under the policy, ask it something, and say what was compiled."""
@@ -46,7 +48,7 @@ def generate(
     check_model(model)
     pictures = [open_picture(path) for path in image or []]
     backend = session.backend()
-    with progress(session.terminal, debug=session.debug):
+    with events_to(events), progress(session.terminal, debug=session.debug):
         run = _prepare(session, backend, model, config, question_for(model, pictures, prompt, backend.EMBEDDED))
         answer = run.answer(max_new_tokens, None if as_json else session.terminal.stream)
         session.terminal.close_line()
