@@ -104,7 +104,7 @@ def read_at_most(name: str, limit: int, folder: int | None = None) -> tuple[byte
         if status.st_size > limit:
             return b"", status.st_size
         with os.fdopen(os.dup(descriptor), "rb") as file:
-            data = file.read(limit + 1)  # it may have grown since
+            data = file.read(status.st_size + 1)  # it may have grown since
         return data, len(data)
     finally:
         os.close(descriptor)

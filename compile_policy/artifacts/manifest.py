@@ -129,7 +129,7 @@ def _records(values: Any) -> dict[str, FileRecord]:
         size, digest = record["size"], record["sha256"]
         if type(size) is not int or not 0 <= size <= FILE_BYTES:
             raise ValueError("a file's size is no size")
-        if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        if not is_digest(digest):
             raise ValueError("a file's hash is no hash")
         records[name] = FileRecord(size, digest)
     return records
@@ -144,6 +144,10 @@ def _check_name(name: str) -> None:
 def name_on_disk(name: str) -> str:
     """Artifacts are flat on disk; ``~`` is in no name."""
     return name.replace("/", "~")
+
+
+def is_digest(value: object) -> bool:
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
 def sha256(data: bytes) -> str:
