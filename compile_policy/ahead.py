@@ -1,7 +1,7 @@
 """Lowering ahead of time: a captured graph as one native package, called with nothing but tensors.
 
 AOTInductor compiles the graph to a shared library that holds no weights and needs neither Dynamo, nor guards, nor
-Python to run. It takes what has no gradients and no operators implemented in Python; the rest goes to Inductor's JIT.
+Python to run. It takes what has no gradients; the rest goes to Inductor's JIT.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ _OPTIONS: dict[str, Any] = {
 
 
 def can_lower_ahead(gm: torch.fx.GraphModule) -> bool:
-    """Whether AOTInductor can take the graph: no gradients wanted, every operator native."""
+    """Whether AOTInductor can take the graph: no gradients wanted, no autocast.
+
+    Operators implemented in Python are no obstacle: a package calls them through the dispatcher of its process.
+    """
     for node in gm.graph.nodes:
         value = node.meta.get("example_value")
         is_input = node.op == "placeholder" and isinstance(value, torch.Tensor)
         if is_input and value.requires_grad and torch.is_grad_enabled():
             return False
-        if node.op == "call_function" and getattr(node.target, "namespace", "") == "compile_policy":
-            return False  # implemented in Python: the package could not call it without the interpreter
     return not torch.is_autocast_enabled("cpu")
 
 

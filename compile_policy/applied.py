@@ -21,7 +21,7 @@ from compile_policy.plan import ComponentReport, Plan, Report
 from compile_policy.region import Region, region_of
 
 #: Fields that are accepted and do nothing yet.
-RESERVED = ("splitting_ops", "cache_dir")
+RESERVED = ("splitting_ops",)
 M = TypeVar("M", bound=torch.nn.Module)
 _plans: weakref.WeakKeyDictionary[torch.nn.Module, Plan] = weakref.WeakKeyDictionary()
 

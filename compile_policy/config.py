@@ -11,7 +11,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from compile_policy import settings as sources
 from compile_policy.errors import ConfigError
@@ -38,6 +47,14 @@ def _check_arg_dims(value: Any) -> Any:
 
 def _as_path(value: Any) -> Any:
     return Path(value).expanduser() if isinstance(value, str) and value else value
+
+
+def _check_cache_dir(value: Any) -> Any:
+    """A folder, or ``False`` or ``None``, which no path stands for."""
+    value = _as_path(value)
+    if value is None or value is False or isinstance(value, Path):
+        return value
+    raise ValueError("should be a directory, or false to keep nothing on disk")
 
 
 _ArgDims = Annotated[ArgDims, BeforeValidator(_check_arg_dims)]
@@ -76,8 +93,9 @@ class CompilationConfig(BaseModel):
     debug_dump_path: _OptionalPath = None
     """Directory for graphs written for people; ``None`` writes none."""
 
-    cache_dir: _OptionalPath = None
-    """Directory for artifacts. Reserved: no effect yet, and setting it warns."""
+    cache_dir: Annotated[Path | Literal[False] | None, PlainValidator(_check_cache_dir)] = None
+    """Directory for compiled code, which the next process loads instead of compiling; ``None`` is the user's own cache
+    directory, ``False`` keeps nothing on disk."""
 
     cache_key_file: _OptionalPath = None
     """Secret for a cache directory that is shared: what is not signed with it isn't loaded. None: the user's own, for a

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import functools
+import os.path
+from pathlib import Path
+
+from compile_policy.artifacts import Store, open_store
 from compile_policy.config import CompilationConfig
 from compile_policy.options import RegionOptions
+
+#: Where a user's own directories are, and the key of a shared cache; as `Path.home` has it, they belong to the machine.
+_PLACES = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "COMPILE_POLICY_CACHE_KEY_FILE")
 
 
 def region_options(config: CompilationConfig) -> RegionOptions:
     """Options of every region under ``config``; its dump writes to ``debug_dump_path``."""
+    store = store_of(config)
     if config.debug_dump_path is None:
-        return RegionOptions.from_config(config)
+        return RegionOptions.from_config(config, store=store)
     from compile_policy.graphs.dump import GraphDump  # depyf and its kin are loaded for those who dump
 
-    return RegionOptions.from_config(config, GraphDump(config.debug_dump_path))
+    return RegionOptions.from_config(config, GraphDump(config.debug_dump_path), store)
+
+
+def store_of(config: CompilationConfig) -> Store | None:
+    """Where entries are kept on disk; ``None`` where nothing is, with a warning if that is not what was asked for."""
+    if config.cache_dir is False or config.backend != "inductor" or not config.enabled or config.mode == 0:
+        return None
+    found = {name: os.path.expandvars(f"${name}") for name in _PLACES}
+    return _opened(config.cache_dir, tuple((name, value) for name, value in found.items() if value != f"${name}"))
+
+
+@functools.lru_cache(maxsize=16)
+def _opened(cache_dir: Path | None, places: tuple[tuple[str, str], ...]) -> Store | None:
+    return open_store(cache_dir, dict(places))

@@ -75,6 +75,19 @@ KINDS: dict[str, Kind] = {
         "no entry could be made from one example; another may be tried",
         {"reason": Field("string", "why"), "seconds": Field("number", "how long it took"), **_PLACE},
     ),
+    "loaded": Kind(
+        "an entry came from the store: nothing was captured or compiled",
+        {"seconds": Field("number", "how long that took"), "key": Field("string", "digest that it was found by")},
+    ),
+    "miss": Kind(
+        "the store has no entry for a call, or one that cannot be used",
+        {
+            "reason": Field("string", "why; what differs from the nearest one, where there is one"),
+            "key": Field("string", "digest that was looked for"),
+        },
+    ),
+    "saved": Kind("a new entry was written to the store", {"key": Field("string", "digest that it is found by")}),
+    "unsaved": Kind("an entry is not written to the store", {"reason": Field("string", "why")}),
     "fallback": Kind(
         "a component runs eager for another reason than before",
         {"reason": Field("string", "why"), "remedy": Field("string", "what would change it, or nothing"), **_PLACE},

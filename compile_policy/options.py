@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from compile_policy.artifacts import Store
 from compile_policy.config import CompilationConfig
 from compile_policy.entry import Entry
 from compile_policy.lowering import Lowering, lower_with
@@ -31,9 +32,12 @@ class RegionOptions:
     autotune: bool = False
     dump: Dump | None = None
     sentinel: Sentinel | None = None
+    store: Store | None = None
 
     @classmethod
-    def from_config(cls, config: CompilationConfig, dump: Dump | None = None) -> RegionOptions:
+    def from_config(
+        cls, config: CompilationConfig, dump: Dump | None = None, store: Store | None = None
+    ) -> RegionOptions:
         return cls(
             backend=config.backend,
             max_entries=config.max_entries,
@@ -42,11 +46,16 @@ class RegionOptions:
             autotune=config.mode == 3,
             dump=dump,
             sentinel=Sentinel(config.verify_calls) if config.verify_calls else None,
+            store=store,
         )
 
     def recording(self) -> AbstractContextManager[None]:
         """Round a compile: what a dump has to watch while it happens."""
         return nullcontext() if self.dump is None else self.dump.recording()
+
+    def lowered(self) -> dict[str, Any]:
+        """What decides how a capture is lowered: a part of what an artifact is found by."""
+        return {"backend": self.backend, "autotune": self.autotune}
 
     def lowering(self) -> Lowering:
         return lower_with(self.backend, autotune=self.autotune)

@@ -58,6 +58,7 @@ class ComponentReport:
 
     Attributes:
         graphs: how often the component was captured (traced), whatever the road; retries count.
+        loaded: how many entries came from the store instead.
         calls: calls of the component, compiled or not.
         eager_calls: those of them that ran eager.
         compile_seconds: wall-clock seconds spent on capture and lowering.
@@ -74,6 +75,7 @@ class ComponentReport:
     eager_calls: int = 0
     compile_seconds: float = 0.0
     fallback: str | None = None
+    loaded: int = 0
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -31,6 +31,7 @@ from compile_policy.options import RegionOptions as RegionOptions
 from compile_policy.plan import ComponentReport
 from compile_policy.proof import misfit
 from compile_policy.reference import ChangesItself
+from compile_policy.saving import Place, Shelf
 from compile_policy.sentinel import TOLERANCE as SENTINEL_TOLERANCE
 from compile_policy.shapes import Labels, pattern
 
@@ -75,7 +76,8 @@ class Region:
         self.lock = _compile_lock
         self.forced_eager = 0
         self._building = threading.local()
-        self.graphs = self.calls = self.eager_calls = 0
+        self.graphs = self.calls = self.eager_calls = self.loaded = 0
+        self._shelf: Shelf | None = None
         self.compile_seconds = 0.0
         self.fallback: str | None = None
         self.failures: dict[str, Failure] = {}  # by reason
@@ -129,8 +131,12 @@ class Region:
         assert self.forms is not None
         form, rows = self.forms.form(args, kwargs)
         place = (entry.number, form)
+        if place not in self.proved and self.shelf is not None and self.shelf.proved(entry, form):
+            self.proved[place] = ""
         if place not in self.proved:
             self.proved[place] = self._misfit(args, kwargs, entry, rows, TOLERANCE)
+            if self.shelf is not None and not self.proved[place]:
+                self.shelf.note_proof(entry, form)
         if self.proved[place]:
             raise PassingObstacle(f"the graph does not fit calls of this form: {self.proved[place]}")
 
@@ -216,22 +222,45 @@ class Region:
                 return entry
             if _verdict(call) in self.refused:
                 raise NotCompilable(self.refused[_verdict(call)])
-            self._check_budget()
-            self._announce(call)
-            why: NotCompilable | None = None
-            for example, labels in self._examples(call):
-                try:
-                    entry = self._build(call, example, labels)
-                except ExampleUnfit as reason:
-                    why = reason
-                    continue
-                if entry.graph.accepts(call.leaves):
-                    return entry
-                # Kept for the sizes it holds for, but never run for this call.
-                failing = "; ".join(entry.graph.accepts.failing(call.leaves)[:3])
-                why = NotCompilable(f"the graph does not hold for these sizes: {failing}")
-            assert why is not None
-            raise why
+            place = self.shelf.place(call) if self.shelf is not None else None
+            with place.locked() if place is not None else nullcontext():
+                return self._load(call, place) or self._make(call, place)
+
+    def _load(self, call: Call, place: Place | None) -> Entry | None:
+        """The entry that another process left in the store, if any."""
+        entry = place.load() if place is not None else None
+        if entry is not None:
+            self.loaded += 1
+            self._add(call, entry)
+        return entry
+
+    def _make(self, call: Call, place: Place | None) -> Entry:
+        self._check_budget()
+        self._announce(call)
+        why: NotCompilable | None = None
+        for example, labels in self._examples(call):
+            try:
+                entry = self._build(call, example, labels)
+            except ExampleUnfit as reason:
+                why = reason
+                continue
+            if place is not None:
+                place.save(entry, labels)
+            if entry.graph.accepts(call.leaves):
+                return entry
+            # Kept for the sizes it holds for, but never run for this call.
+            failing = "; ".join(entry.graph.accepts.failing(call.leaves)[:3])
+            why = NotCompilable(f"the graph does not hold for these sizes: {failing}")
+        assert why is not None
+        raise why
+
+    @property
+    def shelf(self) -> Shelf | None:
+        """The region's entries on disk; ``None`` where nothing is kept there."""
+        store = self.options.store
+        if store is not None and (self._shelf is None or self._shelf.store is not store):
+            self._shelf = Shelf(store, self.module, self.options.lowered(), self.binder, self.name)
+        return self._shelf if store is not None else None
 
     def _examples(self, call: Call) -> list[tuple[list[torch.Tensor], Sequence[Labels]]]:
         """Examples that have not been tried for calls like this one."""
@@ -265,13 +294,16 @@ class Region:
             self._building.now = False
             self.compile_seconds += time.perf_counter() - started
         entry.seconds = time.perf_counter() - started
-        entry.number = self.entry_count()
-        self.entries.setdefault(call.key, []).append(entry)
+        self._add(call, entry)
         said = {"seconds": entry.seconds, "entry": entry.number, "road": entry.graph.road}
         emit("compile_end", self.name, f"compiled in {entry.seconds:.1f} s", **said)
         if self.options.dump is not None:
             self.options.dump(self, entry)
         return entry
+
+    def _add(self, call: Call, entry: Entry) -> None:
+        entry.number = self.entry_count()
+        self.entries.setdefault(call.key, []).append(entry)
 
     def _count_capture(self) -> None:
         self.graphs += 1
@@ -348,6 +380,7 @@ class Region:
             eager_calls=self.eager_calls,
             compile_seconds=round(self.compile_seconds, 3),
             fallback=self.fallback,
+            loaded=self.loaded,
         )
 
 

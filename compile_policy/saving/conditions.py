@@ -1,0 +1,57 @@
+"""Size conditions are Python text that is evaluated, so text from a file is read before it runs."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+
+_FUNCTIONS = frozenset({"Max", "Min", "max", "min", "floor"})
+_ALLOWED: tuple[type[ast.AST], ...] = (
+    *(ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.UAdd),
+    *(ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Div, ast.Mod, ast.Pow),
+    *(ast.Compare, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.IfExp, ast.Load),
+)
+_LONGEST = 20_000
+
+
+def check_conditions(conditions: Sequence[str]) -> None:
+    """Let through what compares sizes ``s[leaf][dim]`` with each other and with numbers.
+
+    Raises:
+        ValueError: a condition that does anything else.
+    """
+    for condition in conditions:
+        if not isinstance(condition, str) or len(condition) > _LONGEST:
+            raise ValueError("a size condition is no short text")
+        try:
+            tree = ast.parse(condition, mode="eval")
+        except (SyntaxError, RecursionError, MemoryError) as error:
+            raise ValueError(f"a size condition is no expression: {error}") from None
+        _check(tree)
+
+
+def _check(node: ast.AST) -> None:
+    if isinstance(node, ast.Constant):
+        if type(node.value) not in (int, float, bool):
+            raise ValueError(f"a size condition holds {node.value!r}")
+    elif isinstance(node, ast.Subscript):
+        inner = node.value
+        if not (isinstance(inner, ast.Subscript) and isinstance(inner.value, ast.Name) and inner.value.id == "s"):
+            raise ValueError("a size condition reads something else than sizes")
+        _check_index(node.slice)
+        _check_index(inner.slice)
+    elif isinstance(node, ast.Call):
+        if not (isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS) or node.keywords:
+            raise ValueError("a size condition calls something else than min and max")
+        for argument in node.args:
+            _check(argument)
+    elif isinstance(node, _ALLOWED):
+        for child in ast.iter_child_nodes(node):
+            _check(child)
+    else:
+        raise ValueError(f"a size condition holds a {type(node).__name__}")
+
+
+def _check_index(node: ast.AST) -> None:
+    if not (isinstance(node, ast.Constant) and type(node.value) is int):
+        raise ValueError("a size condition reads something else than sizes")
