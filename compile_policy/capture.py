@@ -1,8 +1,8 @@
 """One example call -> one compiled graph.
 
 Dynamo captures the call ``fullgraph`` on a small synthetic example in which every label has its own size >= 2, so
-that no size is mistaken for another or for a constant. Its guards are not kept: each is recorded, the call key covers
-what they said about arguments, and what the graph assumes about sizes becomes one predicate (`ShapeConditions`).
+that no size is mistaken for another or for a constant. Its guards are not kept: each is accounted for (`audit`),
+and what the graph assumes about sizes becomes one predicate (`ShapeConditions`).
 The captured graph is lowered once and called flat afterwards, without Dynamo.
 """
 
@@ -19,11 +19,13 @@ import torch._dynamo
 import torch._dynamo.decorators
 import torch.fx.experimental._config as fx_config
 
+from compile_policy.audit import Account, account_for
 from compile_policy.compat import graph_argument, leaf_dim_of_source, traced_code, tracing_shape_env
-from compile_policy.compiled import AheadFault, Argument, CompiledGraph, GuardRecord
+from compile_policy.compiled import AheadFault, Argument, CompiledGraph
 from compile_policy.lowering import Lowering
 from compile_policy.predicate import conditions_of
 from compile_policy.shapes import UNBACKED
+from compile_policy.watch import suspended
 
 _serial = itertools.count()
 
@@ -34,6 +36,7 @@ def compile_call(
     labels: Sequence[Sequence[str | None]],
     lowering: Lowering,
     on_capture: Callable[[], None] = lambda: None,
+    module: torch.nn.Module | None = None,
 ) -> CompiledGraph:
     """Capture ``fn(*leaves)`` as one graph and lower it.
 
@@ -44,14 +47,16 @@ def compile_call(
         leaves: the example; every label has one size >= 2 of its own.
         labels: per leaf and dim, the label, or ``None`` for a static dim.
         on_capture: called before each capture, to count it.
+        module: the component that ``fn`` runs, which the fingerprint walks; without it more is watched.
 
     Raises:
+        NotCompilable: the graph depends on something that nothing covers.
         Exception: whatever capture or lowering raises; the caller decides what it means.
     """
     try:
-        return _compile_once(fn, leaves, labels, lowering, on_capture)
+        return _compile_once(fn, leaves, labels, lowering, on_capture, module)
     except AheadFault as fault:
-        graph = _compile_once(fn, leaves, labels, lowering.jit(), on_capture)
+        graph = _compile_once(fn, leaves, labels, lowering.jit(), on_capture, module)
         graph.why_jit = fault.reason
         return graph
 
@@ -62,9 +67,11 @@ def _compile_once(
     labels: Sequence[Sequence[str | None]],
     lowering: Lowering,
     on_capture: Callable[[], None],
+    module: torch.nn.Module | None,
 ) -> CompiledGraph:
     on_capture()
-    catcher = _Catcher(leaves, lowering)
+    traced = _with_own_code(fn)
+    catcher = _Catcher(traced, leaves, lowering, module)
     for leaf, names in zip(leaves, labels, strict=True):
         for dim, label in enumerate(names):
             if label is None:
@@ -73,7 +80,7 @@ def _compile_once(
                 torch._dynamo.decorators.mark_unbacked(leaf, dim, shape_id=label)
     with _capture_settings():
         compiled = torch.compile(
-            _with_own_code(fn),
+            traced,
             backend=catcher,
             fullgraph=True,
             dynamic=True,
@@ -91,11 +98,12 @@ def _capture_settings() -> Iterator[None]:
     """Integers and floats are constants of the trace, sizes are symbols that are never assumed to be 0 or 1."""
     with ExitStack() as stack:
         stack.enter_context(torch._dynamo.config.patch(specialize_int=True, specialize_float=True))
+        stack.enter_context(suspended())
         stack.enter_context(fx_config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
         yield
 
 
-def _with_own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
+def _with_own_code(fn: Callable[..., Any]) -> types.FunctionType:
     """``fn`` with a code object that no other function has.
 
     Dynamo files compiled code under the code object; with guards dropped, two entries that share one would be
@@ -109,16 +117,24 @@ def _with_own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
 class _Catcher:
     """A Dynamo backend that notes what was captured and lowers it."""
 
-    def __init__(self, leaves: list[torch.Tensor], lowering: Lowering) -> None:
+    def __init__(
+        self,
+        traced: types.FunctionType,
+        leaves: list[torch.Tensor],
+        lowering: Lowering,
+        module: torch.nn.Module | None,
+    ) -> None:
+        self.traced = traced
         self.leaves = leaves
         self.lowering = lowering
-        self.guards: list[GuardRecord] = []
+        self.module = module
+        self.account = Account((), ())
         self.graph: CompiledGraph | None = None
         self.deferred: torch.fx.GraphModule | None = None
         self.outputs: Sequence[Any] = ()
 
     def drop_guards(self, entries: Sequence[Any]) -> list[bool]:
-        self.guards = [GuardRecord(str(e.guard_type), str(e.name)) for e in entries]
+        self.account = account_for(entries, self.traced, self.leaves, self.module)
         return [False] * len(entries)
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -135,7 +151,7 @@ class _Catcher:
             code: Callable[..., Any] = gm.forward
         else:
             code = self.lowering(gm, example_inputs)
-        self.graph = CompiledGraph(code, arguments, [], accepts, self.guards, readable, sources, traced_code())
+        self.graph = CompiledGraph(code, arguments, [], accepts, readable=readable, sources=sources, traced=traced_code())
 
         def run_and_note(*inputs: Any) -> Any:
             self.outputs = code(*inputs)
@@ -156,7 +172,9 @@ class _Catcher:
 
     def finish(self, results: Sequence[torch.Tensor]) -> CompiledGraph:
         assert self.graph is not None, "capture ended without a graph"
-        self.graph.guards = self.guards
+        self.account.check()
+        self.graph.guards = list(self.account.records)
+        self.graph.watched = self.account.watched
         self.graph.outputs = [self._output(r) for r in results]
         return self.graph
 

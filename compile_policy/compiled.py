@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from compile_policy.ahead import sizes_from_tensors
+from compile_policy.audit import GuardRecord as GuardRecord
 from compile_policy.blocks import BlockSummary
 from compile_policy.errors import first_line
 from compile_policy.predicate import ShapeConditions
 from compile_policy.program import Program, picker
+from compile_policy.watched import Watched
 
 Lower = Callable[[torch.fx.GraphModule], tuple[Program, BlockSummary]]
 
@@ -25,14 +27,6 @@ class AheadFault(Exception):
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
         self.reason = first_line(error)
-
-
-@dataclass(frozen=True)
-class GuardRecord:
-    """A guard that Dynamo would have evaluated at every call."""
-
-    kind: str
-    name: str
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,8 @@ class CompiledGraph:
         arguments: the source of each input.
         outputs: for every tensor of the traced function's result: ``("graph", i)`` or ``("leaf", i)``.
         accepts: the sizes for which the graph holds.
-        guards: what Dynamo would have guarded on.
+        guards: what Dynamo would have guarded on, and what stands for each guard.
+        watched: values that only a check covers, for `Fingerprint.watch`; empty for a graph that was loaded.
         readable: the captured graph as Python text with source comments.
         sources: per operation of the captured graph its module, name, target, shape and where the model wrote it.
         traced: the code that capture ran through; empty for a graph that was loaded.
@@ -68,6 +63,7 @@ class CompiledGraph:
     outputs: list[tuple[str, int]]
     accepts: ShapeConditions
     guards: list[GuardRecord] = field(default_factory=list)
+    watched: tuple[Watched, ...] = ()
     readable: str = ""
     sources: list[dict[str, Any]] = field(default_factory=list)
     traced: list[types.CodeType] = field(default_factory=list)

@@ -3,59 +3,129 @@
 Covered: the module tree and its classes with their methods and class attributes (whole numbers aside), a ``forward``
 set on an instance, hooks of sub-modules (those of the component itself run round its graph), training flags, Python
 attributes that a forward may read (numbers, strings, flags, functions such as activations, configuration objects),
-and the identity, dtype, device and layout of every parameter and buffer. Values of tensors are not: they are inputs
-of the graph. Two equal fingerprints trace to the same graph with the same bound tensors.
+and the identity, class, dtype, device and layout of every parameter and buffer. Values of tensors are not: they are
+inputs of the graph. What a graph took for granted beyond that is watched value by value (`Fingerprint.watch`). Two
+equal fingerprints, whose watched values hold, trace to the same graph with the same bound tensors.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from compile_policy import compat
+from compile_policy.errors import NotCompilable
 from compile_policy.layers.registry import registry_state
+from compile_policy.watch import structure_epoch, unwatch, watch
+from compile_policy.watched import Watched, same
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_AS_THEY_ARE = frozenset((bool, int, str, bytes, type(None), torch.dtype, torch.device))
 _OWN = frozenset(torch.nn.Module().__dict__) | {"_compiled_call_impl"}
 _DEPTH = 3
+_lock = threading.RLock()  # one for all: a fingerprint is small, and a forked child must find it free
+compat.renew_after_fork(_lock)
+
+
+class Structure:
+    """One structure that was seen: its number, what the walk found, and the values watched beside it."""
+
+    def __init__(self, number: int, walked: tuple[Any, ...], watched: Sequence[Watched] = ()) -> None:
+        self.number = number
+        self.walked = walked
+        self.watched = {w.place: w for w in watched}
+
+    def holds(self) -> bool:
+        return all([w.holds() for w in self.watched.values()])
 
 
 class Fingerprint:
-    """Remembers the fingerprint of a module and looks again when asked.
+    """Remembers the fingerprint of a module and looks again when asked, or when something was registered with it.
 
     The full walk costs microseconds per sub-module, so it is done where a sequence starts and not once a token.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
-        self._known: dict[tuple[Any, ...], int] = {}
+        self._known: dict[tuple[Any, ...], list[Structure]] = {}
+        self._by_number: list[Structure] = []
         self._current: int | None = None
+        self._epoch = -1
 
     @property
     def number(self) -> int | None:
-        """The structure's number as last looked at."""
+        """The structure's number as last looked at; looked at again when something was registered since."""
+        if self._epoch != structure_epoch() and self._current is not None:
+            return self.current(look_again=True)
         return self._current
 
     def current(self, *, look_again: bool) -> int:
         """A small number that stands for the structure; another structure has another number."""
-        if self._current is None or look_again:
-            structure = (registry_state(), fingerprint(self._module))
-            self._current = self._known.setdefault(structure, len(self._known))
+        epoch = structure_epoch()
+        if self._current is None or look_again or self._epoch != epoch:
+            walked = (registry_state(), fingerprint(self._module))
+            self._current = self._number_of(walked)
+            self._epoch = epoch
         return self._current
+
+    def _number_of(self, walked: tuple[Any, ...]) -> int:
+        with _lock:
+            seen = self._known.setdefault(walked, [])
+            for structure in seen:
+                if structure.holds():
+                    return structure.number
+            places = {place: w for structure in seen for place, w in structure.watched.items()}
+            new = Structure(len(self._by_number), walked, [w.again() for w in places.values()])
+            seen.append(new)
+            self._by_number.append(new)
+            return new.number
+
+    def watch(self, number: int, watched: Sequence[Watched]) -> None:
+        """Let structure ``number`` hold only while these values do: an entry made for it took them for granted.
+
+        Raises:
+            NotCompilable: one of them is not what it was at capture, so that no later look could tell.
+        """
+        with _lock:
+            known = self._by_number[number].watched
+            for w in watched:
+                earlier = known.get(w.place, w)
+                if not w.holds() or not same(earlier.value, w.value):
+                    raise NotCompilable(
+                        f"{w.name} changed while the component was compiled" + (f" ({w.line})" if w.line else ""),
+                        remedy="Keep it as it is while the model runs.",
+                    )
+            known.update({w.place: w for w in watched if w.place not in known})
+
+    def attach(self) -> None:
+        """From now on, notice at once what is registered with the module or below it."""
+        watch(self, self._module)
+
+    def detach(self) -> None:
+        unwatch(self)
 
     def difference(self, was: int, now: int) -> str:
         """The first place in which two structures differ, in words."""
-        by_number = {number: structure for structure, number in self._known.items()}
-        (layers, structure), (layers_now, structure_now) = by_number[was], by_number[now]
+        before, after = self._by_number[was], self._by_number[now]
+        if before.walked == after.walked:
+            values = after.watched
+            return next(
+                (w.name for p, w in before.watched.items() if p in values and not same(w.value, values[p].value)),
+                "a watched value",
+            )
+        (layers, structure), (layers_now, structure_now) = before.walked, after.walked
         return "the registry of layers" if layers != layers_now else difference(structure, structure_now)
 
 
 def fingerprint(module: torch.nn.Module) -> tuple[Any, ...]:
     """The structure of ``module`` and everything below it as nested tuples."""
-    walk = _Walk()
+    walk = Walk()
     return tuple((name, walk.module(m, root=m is module)) for name, m in module.named_modules(remove_duplicate=False))
 
 
@@ -70,7 +140,8 @@ def difference(was: tuple[Any, ...], now: tuple[Any, ...]) -> str:
                 continue
             where = name or "the component"
             if part == "attribute":
-                return f"attribute {_first_changed(x, y)!r} of {where}"
+                changed = _first_changed(x, y)
+                return "the module tree" if changed == "_modules" else f"attribute {changed!r} of {where}"
             if part == "class" and x[0] == y[0]:
                 return f"class attribute {_first_changed(x[1], y[1])!r} of {where}"
             return f"{part} of {where}"
@@ -105,7 +176,7 @@ class _Same:
         return mine is not None and mine is other._of()
 
 
-class _Walk:
+class Walk:
     """One look at a module tree. Classes and objects that many modules share are looked at once."""
 
     def __init__(self) -> None:
@@ -114,60 +185,138 @@ class _Walk:
 
     def module(self, m: torch.nn.Module, *, root: bool) -> tuple[Any, ...]:
         own = m.__dict__
-        attributes = tuple((n, self._value(v)) for n, v in own.items() if n not in _OWN)
-        hooks = () if root else tuple(_Same(h) for kind in _HOOKS for h in own[kind].values())
-        tensors = tuple(_tensor(n, t) for group in ("_parameters", "_buffers") for n, t in own[group].items())
-        return (self._class(type(m)), own["training"], hooks, attributes, tensors)
+        attributes = tuple([(n, self.value(v)) for n, v in own.items() if n not in _OWN])
+        if own["_modules"]:  # with the names of sub-modules that are None
+            attributes += (("_modules", tuple(own["_modules"])),)
+        hooks = () if root else tuple([_hook(own, kind, key) for kind in _HOOKS for key in own[kind]])
+        tensors = tuple([_tensor(n, t) for group in ("_parameters", "_buffers") for n, t in own[group].items()])
+        return (self.cls(type(m)), own["training"], hooks, attributes, tensors)
 
-    def _class(self, cls: type) -> Hashable:
+    def cls(self, cls: type) -> Hashable:
         """A class with its methods and plain attributes: replacing a method on the class changes every instance."""
         known = self._classes.get(cls)
         if known is None:
-            bases = [base for base in cls.__mro__ if base not in (torch.nn.Module, object)]
-            own = tuple((n, _shallow(v)) for base in bases for n, v in vars(base).items() if _is_read(n, v))
-            known = self._classes[cls] = (_Same(cls), own)
+            own = tuple((n, _class_value(v)) for base in read_bases(cls) for n, v in vars(base).items() if is_read(n))
+            known = self._classes[cls] = (cls.__mro__, own)
         return known
 
-    def _value(self, value: Any, depth: int = 0) -> Hashable:
+    def value(self, value: Any, depth: int = 0) -> Hashable:
         """Hashable stand-in for an attribute: by value where it is plain, else by identity and what is in it."""
+        if value.__class__ in _AS_THEY_ARE:
+            return (value.__class__, value)
         if isinstance(value, _PLAIN) or depth >= _DEPTH:
             return _shallow(value)
         if isinstance(value, (list, tuple)):
-            return (value.__class__, tuple([self._value(v, depth + 1) for v in value]))
+            return (value.__class__, tuple([self.value(v, depth + 1) for v in value]))
         if isinstance(value, (set, frozenset)):
-            return (value.__class__, frozenset([self._value(v, depth + 1) for v in value]))
+            return (value.__class__, frozenset([self.value(v, depth + 1) for v in value]))
         if isinstance(value, Mapping):
-            return (value.__class__, tuple([(str(k), self._value(v, depth + 1)) for k, v in value.items()]))
+            return (value.__class__, tuple([(_key(k), self.value(v, depth + 1)) for k, v in value.items()]))
         if isinstance(value, torch.Tensor):
             return _tensor("", value)
         if isinstance(value, (type, torch.nn.Module)) or not hasattr(value, "__dict__") or callable(value):
             return _Same(value)
-        return self._object(value, depth)
+        return self.object(value, depth)
 
-    def _object(self, value: Any, depth: int) -> Hashable:
+    def object(self, value: Any, depth: int) -> Hashable:
         """An object with attributes, such as a configuration."""
         if id(value) not in self._objects:
             self._objects[id(value)] = _Same(value)  # an object may refer to itself
-            inside = tuple([(n, self._value(v, depth + 1)) for n, v in list(vars(value).items())])
-            self._objects[id(value)] = (_Same(value), inside)
+            inside = tuple([(n, self.value(v, depth + 1)) for n, v in list(vars(value).items())])
+            self._objects[id(value)] = (_Same(value), value.__class__, inside)
         return self._objects[id(value)]
+
+
+class Coverage(Walk):
+    """What the walk reads, written down while it walks: nothing is called covered that it does not reach.
+
+    Attributes:
+        modules, objects: ``id`` of each whose attributes are all read.
+        containers: ``id`` of each list, tuple, set and mapping whose keys and items are read.
+        classes: those whose own attributes are read.
+        tensors: ``id`` of each whose identity and metadata are read.
+    """
+
+    def __init__(self, module: torch.nn.Module | None) -> None:
+        super().__init__()
+        self.root = module
+        self.modules: set[int] = set()
+        self.objects: set[int] = set()
+        self.containers: set[int] = set()
+        self.classes: set[type] = set()
+        self.tensors: set[int] = set()
+        for m in [] if module is None else module.modules():
+            self.module(m, root=m is module)
+
+    def module(self, m: torch.nn.Module, *, root: bool) -> tuple[Any, ...]:
+        self.modules.add(id(m))
+        own = m.__dict__
+        groups = ("_parameters", "_buffers", "_modules", *(() if root else (*_HOOKS, *_HOOK_FLAGS)))
+        self.containers.update(id(own[name]) for name in groups)
+        self.tensors.update(id(t) for name in ("_parameters", "_buffers") for t in own[name].values())
+        return super().module(m, root=root)
+
+    def cls(self, cls: type) -> Hashable:
+        self.classes.update(read_bases(cls))
+        return super().cls(cls)
+
+    def value(self, value: Any, depth: int = 0) -> Hashable:
+        if depth < _DEPTH:
+            if isinstance(value, (list, tuple, set, frozenset, Mapping)):
+                self.containers.add(id(value))
+            elif isinstance(value, torch.Tensor):
+                self.tensors.add(id(value))
+        return super().value(value, depth)
+
+    def object(self, value: Any, depth: int) -> Hashable:
+        self.objects.add(id(value))
+        return super().object(value, depth)
+
+
+def reads_attribute(name: str) -> bool:
+    """Whether an entry of a module's own dictionary is among what the walk reads."""
+    return name not in _OWN or name in ("training", "_parameters", "_buffers", "_modules", *_HOOKS, *_HOOK_FLAGS)
+
+
+def read_bases(cls: type) -> list[type]:
+    """The classes whose attributes the walk reads for instances of ``cls``."""
+    return [base for base in cls.__mro__ if base not in (torch.nn.Module, object)]
+
+
+def is_read(name: str) -> bool:
+    """Whether the walk reads a class attribute of this name; the interpreter's own come and go."""
+    return not name.startswith(("__", "_abc_")) or name in ("__call__", "__getattr__")
+
+
+def _class_value(value: Any) -> Hashable:
+    """Whole numbers without their value: classes count in them. One that a graph reads is watched."""
+    return int if type(value) is int else _shallow(value)
+
+
+def _hook(own: dict[str, Any], kind: str, key: int) -> tuple[Any, ...]:
+    return (kind, _Same(own[kind][key]), *[key in own[flag] for flag in _HOOK_FLAGS])
+
+
+def _key(key: Any) -> Hashable:
+    return key if key.__class__ is str else _shallow(key)
 
 
 def _shallow(value: Any) -> Hashable:
     """By value where it is plain, else by identity."""
     if not isinstance(value, _PLAIN):
         return _Same(value)
-    return (value.__class__, repr(value) if isinstance(value, float) else value)  # 0.0 == -0.0, nan != nan
-
-
-def _is_read(name: str, value: Any) -> bool:
-    """Whether a forward may depend on the class attribute; the interpreter's own, and counters, come and go."""
-    counter = type(value) is int
-    return not counter and (not name.startswith(("__", "_abc_")) or name in ("__call__", "__getattr__"))
+    return (value.__class__, repr(value) if isinstance(value, (float, complex)) else value)  # 0.0 == -0.0, nan != nan
 
 
 def _tensor(name: str, t: torch.Tensor | None) -> tuple[Any, ...]:
     if t is None:
         return (name, None)
     layout = t.stride() if t.layout is torch.strided else t.layout
-    return (name, _Same(t), t.dtype, t.device, tuple(t.shape), layout, t.requires_grad)
+    state = (name, _Same(t), t.__class__, t.dtype, t.device, tuple(t.shape), layout, t.requires_grad)
+    if t.__class__ in _ORDINARY or not hasattr(t, "__tensor_flatten__"):
+        return state
+    names, context = t.__tensor_flatten__()  # a quantized weight: tensors in a wrapper
+    return (*state, repr(context), tuple([_tensor(n, getattr(t, n)) for n in names]))
+
+
+_ORDINARY = frozenset((torch.Tensor, torch.nn.Parameter, torch.nn.Buffer))

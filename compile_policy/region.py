@@ -281,6 +281,7 @@ class Region:
         try:
             with self.options.recording(), self.binder.tracing(self.module):
                 entry = build_entry(self.module, call, example, labels, self.options.lowering(), self._count_capture)
+            self.fingerprint.watch(call.key[3], entry.graph.watched)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
@@ -361,11 +362,13 @@ class Region:
 
     def attach(self) -> None:
         compat.set_compiled_call_impl(self.module, self)
+        self.fingerprint.attach()
         emit("attached", self.name, "calls go through the policy")
 
     def detach(self) -> None:
         if compat.compiled_call_impl(self.module) is self:
             compat.set_compiled_call_impl(self.module, None)
+            self.fingerprint.detach()
             emit("removed", self.name, "calls go to the module again")
 
     def report(self) -> ComponentReport:

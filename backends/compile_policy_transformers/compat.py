@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import output_capturing as output_capturing_of_transformers
 
+from compile_policy.audit import register_lookup_table
 
 #: Set on a model that has its output-capturing hooks.
 _CAPTURING = "_output_capturing_hooks_installed"
@@ -117,3 +118,10 @@ def disable_auto_compile(model: nn.Module) -> None:
 def enable_auto_compile(model: nn.Module) -> None:
     """Undo `disable_auto_compile`."""
     model.__dict__.pop("_valid_auto_compile_criteria", None)
+
+
+register_lookup_table(
+    "transformers.utils.output_capturing",
+    "_CAN_RECORD_REGISTRY",
+    "what a class can record is looked up by class; the table grows when other models are built",
+)
