@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from compile_policy.errors import first_line
-from compile_policy.reference import TOLERANCE, preserved, relative_error
+from compile_policy.reference import TOLERANCE, preserved, relative_error, tolerances
 
 _DEPTH = 6
 
@@ -52,6 +52,7 @@ def misfit(
         rows: boolean, (batch, sequence): the positions that count, where some are padding. Nobody reads the others,
             nor what they leave in a cache.
     """
+    tolerance = tolerances(module, tolerance)
     with preserved(module), torch.no_grad():
         theirs, mine = _copied((args, dict(kwargs))), _copied((args, dict(kwargs)))
         torch.manual_seed(0)

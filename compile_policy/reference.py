@@ -20,6 +20,18 @@ from compile_policy.fingerprint import difference, fingerprint
 #: Fusion keeps intermediates in higher precision than eager does, so low precisions get room for a few roundings.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
+#: Room for weights of few bits: activations are rounded to as few steps, and the last digit decides which way.
+QUANTIZED = 5e-2
+
+
+def tolerances(module: torch.nn.Module, table: Mapping[torch.dtype, float] = TOLERANCE) -> Mapping[torch.dtype, float]:
+    """Accepted errors by dtype, wider where the weights are quantized: tensors of another class, or whole numbers."""
+    quantized = any(
+        type(t) not in (torch.nn.Parameter, torch.Tensor) or t.dtype.itemsize == 1 and t.dtype is not torch.bool
+        for t in module.parameters()
+    )
+    return {dtype: max(error, QUANTIZED) for dtype, error in table.items()} if quantized else table
+
 
 class ChangesItself(NotCompilable):
     """Every call changes the component's Python state, which a graph would not do."""
@@ -97,13 +109,14 @@ class Reference:
 
         return component
 
-    def check(self, graph: CompiledGraph, tolerance: Mapping[torch.dtype, float] = TOLERANCE) -> float:
+    def check(self, graph: CompiledGraph) -> float:
         """Largest relative error of the graph on the example.
 
         Raises:
             NotCompilable: beyond the tolerance of the dtype.
         """
         leaves = copies(self.example)
+        tolerance = tolerances(self.module)
         torch.manual_seed(0)
         with torch.no_grad():
             results = graph.run(leaves)
