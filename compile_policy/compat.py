@@ -17,7 +17,7 @@ import torch._inductor
 from torch._C._dynamo.guards import TensorGuards
 from torch._guards import TracingContext
 from torch._inductor.package.package import package_aoti
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 from torch.nn.modules import module as module_hooks
 from torch.utils._device import DeviceContext
 
@@ -203,6 +203,11 @@ def _default_devices() -> tuple[Any, ...]:
 
 def _function_mode(index: int) -> Any:
     return torch._C._get_function_stack_at(index)
+
+
+def profiling() -> bool:
+    """Whether a profiler of torch is on, in any thread."""
+    return profiler._is_profiler_enabled
 
 
 def eager_only(module: torch.nn.Module) -> str:

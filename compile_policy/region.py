@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 
@@ -48,6 +48,9 @@ class PassingObstacle(NotCompilable):
 
 class Region:
     """One compiled component instance: its entries, its lock and its counters."""
+
+    #: What a call does instead while a profiler of torch is on; given by `compile_policy.trace`.
+    when_profiled: ClassVar[Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] | None] = None
 
     def __init__(
         self,
@@ -91,6 +94,8 @@ class Region:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() or self.forced_eager or getattr(self._building, "now", False):
             return compat.plain_call(self.module, *args, **kwargs)
+        if compat.profiling() and (profiled := type(self).when_profiled) is not None:
+            return profiled(self, args, kwargs)
         self.calls += 1
         obstacle = self.condemned or compat.eager_only(self.module) or self.changes_itself.get(self.module.training, "")
         if obstacle:

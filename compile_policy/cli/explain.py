@@ -6,6 +6,7 @@ import json
 import warnings
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +16,7 @@ from compile_policy.cli.explain_tables import print_explanation
 from compile_policy.cli.inputs import check_model
 from compile_policy.cli.plan import Model
 from compile_policy.cli.progress import progress
-from compile_policy.cli.recording import Events, events_to
+from compile_policy.cli.recording import Events, TimeLine, events_to, trace_to
 from compile_policy.cli.session import Session, loading
 from compile_policy.config import CompilationConfig
 from compile_policy.errors import InputError, PolicyWarning
@@ -37,6 +38,7 @@ def explain(
         int, typer.Option("--max-new-tokens", metavar="N", min=1, help="With --run: at most this many.")
     ] = 4,
     events: Events = None,
+    trace: TimeLine = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> int:
     """Say why each component is compiled or not, which dims vary, and what would need another graph.
@@ -46,8 +48,9 @@ def explain(
     session: Session = context.obj
     config = session.config()
     check_model(model)
-    if events is not None and not run:
-        raise InputError("--events has nothing to write without --run.", remedy="Add --run.")
+    for flag, file in (("--events", events), ("--trace", trace)):
+        if file is not None and not run:
+            raise InputError(f"{flag} has nothing to write without --run.", remedy="Add --run.")
     backend = session.backend()
     heard: list[Event] = []
     with ExitStack() as stack:
@@ -58,7 +61,7 @@ def explain(
             warnings.simplefilter("ignore", PolicyWarning)
         stack.enter_context(events_to(events))
         stack.enter_context(listening(heard.append))
-        found = _run(backend, model, config, max_new_tokens) if run else _without_running(model, config)
+        found = _run(backend, model, config, max_new_tokens, trace) if run else _without_running(model, config)
     if as_json:
         print(json.dumps({**found.to_dict(), "events": [asdict(event) for event in heard]}))
     else:
@@ -71,10 +74,13 @@ def _without_running(name: str | None, config: CompilationConfig) -> Explanation
         return explain_model(name, config=config)
 
 
-def _run(backend: Any, name: str | None, config: CompilationConfig, max_new_tokens: int) -> Explanation:
+def _run(
+    backend: Any, name: str | None, config: CompilationConfig, max_new_tokens: int, trace: Path | None
+) -> Explanation:
     with loading(name):
         model = compile_policy.load_model(name, config=config)
         sees = any(c.role == "encoder[image]" for c in compile_policy.report(model).components)
         inputs = backend.tiny_inputs(model, text_len=_TEXT_LEN, images=[_IMAGE] * sees)
-    model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    with trace_to(trace, model):
+        model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return explain_model(model)

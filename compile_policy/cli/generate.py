@@ -14,7 +14,7 @@ import compile_policy
 from compile_policy.cli.inputs import TINY, Question, check_model, encode, open_picture, question_for
 from compile_policy.cli.plan import Model
 from compile_policy.cli.progress import progress
-from compile_policy.cli.recording import Events, events_to
+from compile_policy.cli.recording import Events, TimeLine, events_to, trace_to
 from compile_policy.cli.session import Session, loading
 from compile_policy.cli.streaming import AnswerStreamer, Decode
 from compile_policy.cli.tables import print_report
@@ -38,6 +38,7 @@ def generate(
         str | None, typer.Option("--dump-graphs", metavar="DIR", help="Write the graphs here.")
     ] = None,
     events: Events = None,
+    trace: TimeLine = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> int:
     """Load a model under the policy, ask it something, and say what was compiled."""
@@ -50,7 +51,8 @@ def generate(
     backend = session.backend()
     with events_to(events), progress(session.terminal, debug=session.debug):
         run = _prepare(session, backend, model, config, question_for(model, pictures, prompt, backend.EMBEDDED))
-        answer = run.answer(max_new_tokens, None if as_json else session.terminal.stream)
+        with trace_to(trace, run.model):
+            answer = run.answer(max_new_tokens, None if as_json else session.terminal.stream)
         session.terminal.close_line()
         rows = compile_policy.report(run.model).to_dict()["components"]
         equal = run.equals_eager(max_new_tokens, answer) if verify else None
