@@ -46,15 +46,30 @@ class Binder(Protocol):
         """A context manager in which the component is traced."""
 
 
+class Step(Protocol):
+    """A call that was recognised."""
+
+    def run(self) -> Any: ...
+
+
 @runtime_checkable
 class StepBinder(Binder, Protocol):
     """A binder that recognises a call that only continues the last one, and takes a shorter road for it."""
 
-    def step(self, module: torch.nn.Module, kwargs: dict[str, Any], modes: tuple[Any, ...]) -> tuple[Any, Any] | None:
-        """Entry and call (``spec``, ``leaves``, ``values``) of such a step, ``None`` for any other call."""
+    def step(self, kwargs: dict[str, Any], here: tuple[Any, ...]) -> Step | None:
+        """Such a step, ready to run; ``None`` for any other call.
 
-    def ran(self, kwargs: dict[str, Any], call: Any, entry: Any, modes: tuple[Any, ...]) -> None:
-        """Told of every call that an entry has run."""
+        Args:
+            here: modes and structure round the call.
+        """
+
+    def ran(
+        self, module: torch.nn.Module, kwargs: dict[str, Any], call: Any, entry: Any, here: tuple[Any, ...]
+    ) -> None:
+        """Told of every call that an entry has run on the ordinary road."""
+
+    def forget(self) -> None:
+        """From now on, no call has a last one."""
 
 
 @runtime_checkable

@@ -6,7 +6,8 @@ the equalities that one symbol for several dims means, and compiled to one Pytho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -26,6 +27,7 @@ _IGNORABLE_ORIGINS = (
     # Convolution chooses its kernel by the batch (16 or more goes to oneDNN); each gives the same result and layout.
     "in conv)",
 )
+_LEAF = re.compile(r"\bs\[(\d+)\]")
 _FUNCTIONS: dict[str, Any] = {"Max": max, "Min": min, "floor": lambda x: int(x // 1)}
 
 
@@ -35,14 +37,37 @@ class ShapeConditions:
     def __init__(self, conditions: Sequence[str]) -> None:
         self.conditions = tuple(dict.fromkeys(conditions))
         self._test: Callable[[Sequence[Any]], bool] = eval(_source(self.conditions), dict(_FUNCTIONS))
+        self._narrowed: dict[Any, Callable[[Sequence[Any]], bool]] = {}
 
     def __call__(self, leaves: Sequence[torch.Tensor]) -> bool:
         return bool(self._test([t.shape for t in leaves]))
+
+    def narrowed(self, same: Mapping[int, int], varying: Collection[int]) -> Callable[[Sequence[Any]], bool]:
+        """What is left to test when the conditions held for other shapes and only some leaves have changed since.
+
+        Args:
+            same: leaf -> the leaf whose shape it shares.
+            varying: the leaves, none of which shares another's shape, that may have changed.
+
+        Returns:
+            A function of all leaves' shapes; it reads none of a leaf that shares another's.
+        """
+        key = (tuple(same.items()), tuple(varying))
+        if key not in self._narrowed:
+            renamed = [_LEAF.sub(lambda m: f"s[{same.get(int(m[1]), int(m[1]))}]", c) for c in self.conditions]
+            left = [c for c in dict.fromkeys(renamed) if any(f"s[{i}]" in c for i in varying) and not _trivial(c)]
+            self._narrowed[key] = eval(_source(left), dict(_FUNCTIONS))
+        return self._narrowed[key]
 
     def failing(self, leaves: Sequence[torch.Tensor]) -> list[str]:
         """The conditions that do not hold, for people."""
         shapes = [t.shape for t in leaves]
         return [c for c in self.conditions if not eval(_source((c,)), dict(_FUNCTIONS))(shapes)]
+
+
+def _trivial(condition: str) -> bool:
+    left, _, right = condition.partition(" == ")
+    return left == right
 
 
 def _source(conditions: Sequence[str]) -> str:

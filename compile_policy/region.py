@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -38,6 +38,7 @@ from compile_policy.shapes import Labels, pattern
 # Dynamo is not safe to enter from two threads; one capture at a time in the whole process.
 _compile_lock = threading.RLock()
 compat.renew_after_fork(_compile_lock)
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _REMEDIES = {"InvalidCxxCompiler": "Install a C++ compiler such as g++, or name one in CXX."}
 Verdict = tuple[tuple[Any, ...], tuple[Any, ...]]
 
@@ -46,11 +47,14 @@ class PassingObstacle(NotCompilable):
     """Stands in the way of this call only: nothing is concluded for the next."""
 
 
+class _Building(threading.local):
+    """Whether the calling thread is building or proving an entry."""
+
+    now = False
+
+
 class Region:
     """One compiled component instance: its entries, its lock and its counters."""
-
-    #: What a call does instead while a profiler of torch is on; given by `compile_policy.trace`.
-    when_profiled: ClassVar[Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] | None] = None
 
     def __init__(
         self,
@@ -78,7 +82,8 @@ class Region:
         self.proved: dict[tuple[int, Hashable], str] = {}  # by entry and form: what speaks against it
         self.lock = _compile_lock
         self.forced_eager = 0
-        self._building = threading.local()
+        self._building = _Building()
+        self._allowed: tuple[Any, ...] | None = None  # what was ambient when no obstacle was found last
         self.graphs = self.calls = self.eager_calls = self.loaded = 0
         self._shelf: Shelf | None = None
         self.compile_seconds = 0.0
@@ -92,28 +97,35 @@ class Region:
     # -- the path of a call ---------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() or self.forced_eager or getattr(self._building, "now", False):
+        if _is_dynamo_compiling() or self.forced_eager or self._building.now:
             return compat.plain_call(self.module, *args, **kwargs)
-        if compat.profiling() and (profiled := type(self).when_profiled) is not None:
-            return profiled(self, args, kwargs)
         self.calls += 1
-        obstacle = self.condemned or compat.eager_only(self.module) or self.changes_itself.get(self.module.training, "")
-        if obstacle:
-            return self._eager(NotCompilable(obstacle), None, compat.plain_call, self.module, *args, **kwargs)
-        if compat.has_hooks(self.module):
+        ambient = compat.ambient(self.module)
+        if ambient != self._allowed:
+            obstacle = self._obstacle()
+            if obstacle:
+                return self._eager(NotCompilable(obstacle), None, compat.plain_call, self.module, *args, **kwargs)
+            self._allowed = ambient
+        if compat.has_hooks(self.module):  # which may change what is ambient
             return compat.call_with_hooks(self.module, self._run, args, kwargs)
-        return self._run(args, kwargs)
+        return self._run(args, kwargs, ambient)
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _obstacle(self) -> str:
+        """What forbids any compiled call just now, in words; empty when nothing does."""
+        return self.condemned or compat.eager_only(self.module) or self.changes_itself.get(self.module.training, "")
+
+    def _forbid(self) -> None:
+        """Have the next call look for obstacles again."""
+        self._allowed = None
+        if self.steps is not None:
+            self.steps.forget()
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], ambient: tuple[Any, ...] | None = None) -> Any:
         sampled = self.options.sentinel is not None and self.options.sentinel.due()
         if self.steps is not None and not args and not sampled:
-            modes = self._modes()
-            found = self.steps.step(self.module, kwargs, modes)
-            if found is not None:
-                entry, step = found
-                result = entry.run(step)
-                self.steps.ran(kwargs, step, entry, modes)
-                return result
+            step = self.steps.step(kwargs, (ambient or compat.ambient(self.module), self.fingerprint.number))
+            if step is not None:
+                return step.run()
         call: Call | None = None
         try:
             call = self._bind(args, kwargs)
@@ -127,7 +139,8 @@ class Region:
             why = reason
         else:
             if self.steps is not None:
-                self.steps.ran(kwargs, call, entry, self._modes())
+                here = (compat.ambient(self.module), self.fingerprint.number)
+                self.steps.ran(self.module, kwargs, call, entry, here)
             return result
         return self._eager(why, call, self.module.forward, *args, **kwargs)
 
@@ -151,6 +164,7 @@ class Region:
         reason = self._misfit(args, kwargs, entry, rows, SENTINEL_TOLERANCE)
         if reason:
             self.condemned = f"the compiled graph is wrong: {reason}"
+            self._forbid()
             emit("sentinel", self.name, f"turned off: {reason}", reason=reason, calls=self.calls)
             raise NotCompilable(self.condemned, remedy="Report the model and the versions; it runs eager until then.")
 
@@ -180,9 +194,6 @@ class Region:
                 raise
             raise PassingObstacle(f"the compiled graph failed with {type(error).__name__}: {error}") from error
 
-    def _modes(self) -> tuple[Any, ...]:
-        return (compat.modes(), self.module.training, self.fingerprint.number)
-
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         try:
             bound = self.binder.bind(self.module, args, kwargs)
@@ -207,6 +218,7 @@ class Region:
         result = run(*args, **kwargs)
         if isinstance(why, ChangesItself):  # its key would be another one at every call
             self.changes_itself[self.module.training] = why.reason
+            self._forbid()
         elif call is not None and not isinstance(why, PassingObstacle):
             self.refused.setdefault(_verdict(call), why.reason)
         if self.fallback != why.reason:

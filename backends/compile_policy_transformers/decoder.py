@@ -17,13 +17,14 @@ import torch
 from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 from transformers.masking_utils import create_masks_for_generate
 
+from compile_policy.call_key import Call
 from compile_policy.entry import Entry
 from compile_policy.errors import NotCompilable
 from compile_policy.proof import form_of
 from compile_policy.region import Bound
 from compile_policy.shapes import Labels
 from compile_policy_transformers import attention, caches, compat
-from compile_policy_transformers.repeat import DecodeSteps, Step, step_leaves, step_mask
+from compile_policy_transformers.repeat import DecodeSteps, Step
 
 _SLIDING = ("sliding_attention", "chunked_attention")
 #: Visual tokens are some of the example's 2 x 3 positions.
@@ -61,7 +62,8 @@ class DecoderBinder:
         cache = self._cache(module, values, embeds)
         if cache is not None:
             values["past_key_values"] = caches.CacheCall(cache, length)
-        self._position_ids(values, embeds, cache)
+        if "position_ids" in self.parameters:
+            values["position_ids"] = self.position_ids(values.get("position_ids"), embeds, cache)
         masks = self._masks(values.get("attention_mask"), embeds, cache)
         if masks is not None:
             values["attention_mask"] = masks
@@ -81,36 +83,17 @@ class DecoderBinder:
         empty = values.get("past_key_values") is None or caches.is_empty(values["past_key_values"])
         return (form_of(values), padded, tokens.shape[1] == 1, empty), rows
 
-    def step(
-        self, module: torch.nn.Module, kwargs: dict[str, Any], modes: tuple[Any, ...]
-    ) -> tuple[Entry, Step] | None:
-        """The short road: entry and leaves of a single-token call that continues the last one on its cache."""
-        known = self.steps.match(kwargs, modes)
-        if known is None:
-            return None
-        values = {name: kwargs.get(name) for name in ("inputs_embeds", "input_ids", "position_ids")}
-        tokens = values["inputs_embeds"] if values["inputs_embeds"] is not None else values["input_ids"]
-        if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2 or tokens.shape[1] != 1:
-            return None
-        embeds = self._embeds(module, values)
-        cache: Cache = kwargs["past_key_values"]
-        self._position_ids(values, embeds, cache)
-        values["attention_mask"] = step_mask(kwargs.get("attention_mask"), known, embeds)
-        if values["attention_mask"] is None:
-            return None
-        self.features.complete(values, embeds)
-        leaves = step_leaves(known, values, cache)
-        if leaves is None or not known.entry.graph.accepts(leaves):
-            return None
-        values["past_key_values"] = caches.CacheCall(cache, 1)
-        return known.entry, Step(known, leaves, values)
+    def step(self, kwargs: dict[str, Any], here: tuple[Any, ...]) -> Step | None:
+        """The short road: the single-token call that repeats the last one on its cache."""
+        return self.steps.recognise(kwargs, here)
 
-    def ran(self, kwargs: dict[str, Any], call: Any, entry: Entry, modes: tuple[Any, ...]) -> None:
-        """Note what a call left in its cache."""
-        if isinstance(call, Step):
-            self.steps.advance(call.known, kwargs["past_key_values"])
-        else:
-            self.steps.remember(kwargs, call, entry, modes)
+    def ran(
+        self, module: torch.nn.Module, kwargs: dict[str, Any], call: Call, entry: Entry, here: tuple[Any, ...]
+    ) -> None:
+        self.steps.remember(kwargs, call, entry, here, self, module)
+
+    def forget(self) -> None:
+        self.steps.forget()
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         if not args:
@@ -166,11 +149,9 @@ class DecoderBinder:
             module.forward(**{**call, "past_key_values": cache, "use_cache": True})
         return caches.layer_shapes(cache)
 
-    def _position_ids(self, values: dict[str, Any], embeds: torch.Tensor, cache: Cache | None) -> None:
-        if "position_ids" not in self.parameters:
-            return
+    def position_ids(self, ids: torch.Tensor | None, embeds: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+        """Position ids of every row and of every kind of position that the decoder has."""
         batch, length = embeds.shape[:2]
-        ids = values.get("position_ids")
         if ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
             ids = (torch.arange(length, device=embeds.device) + seen)[None]
@@ -184,7 +165,7 @@ class DecoderBinder:
             # Row 0 repeats the text positions, which models use to recognise packed sequences; with the mask
             # given, nothing reads them.
             ids = ids[1:]
-        values["position_ids"] = ids
+        return ids
 
     def _rope_dims(self) -> int:
         """3 where positions are temporal, height and width (multimodal RoPE), else 0."""

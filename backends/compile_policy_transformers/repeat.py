@@ -1,202 +1,131 @@
-"""The short road: a single-token call that continues where the last call on the same cache ended.
+"""The short road: a decode step that repeats the last step on its cache.
 
-Making a call canonical costs time in Python that grows with the number of layers; for the decode step that follows a
-call it would find what it found before. `DecodeSteps` recognises such a step by what could have changed: the modes,
-the structure, the constants, the cache object and the very tensors that the last call left in it, and the metadata of
-the few new tensors. Whatever does not match takes the ordinary road.
+One idea: a step is recognised by identity, and what is recognised is not looked at again. A single-token call that
+took the ordinary road leaves a `Step`: what it was given, the cache layers and the very tensors in them, and its leaves
+in the entry's order. The next call repeats it when
+
+- everything round it is equal: modes, structure, names of the arguments; arguments that are no tensors are the same
+  objects, and tensors are like the last ones in class, dtype, device, layout, sizes and ``requires_grad``;
+- the cache has the same layer objects, holding the very tensors that the last step left there;
+- the sizes that grow by one (the cache, a mask) still fulfil the entry's conditions.
+
+Then only new leaves are put in their places, the graph runs, and the new states go back to the layers. Cache tensors
+of one shape go through the same operations and keep one shape, so one of each shape is looked at in full. Of the
+others the number of elements is compared: it shows a tensor that was resized in place, which identity does not.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
-from operator import attrgetter, is_
+from operator import itemgetter
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import Cache
 
-from compile_policy.call_key import metadata_of
+from compile_policy import compat
+from compile_policy.call_key import Call
 from compile_policy.entry import Entry
-from compile_policy_transformers.caches import CacheCall, states_to_keep
-
-_keys, _values = attrgetter("keys"), attrgetter("values")
-_TENSORS = ("inputs_embeds", "input_ids", "position_ids", "attention_mask", "past_key_values")
-_MASKS = ("full_attention", "sliding_attention")
+from compile_policy_transformers.step_cache import StepCache, step_cache
+from compile_policy_transformers.step_inputs import StepInputs, step_inputs
 
 
 class Step:
-    """A recognised call: what `Entry.run` reads of a `Call`, and what it was recognised by."""
-
-    __slots__ = ("known", "leaves", "spec", "values")
-    copied = ()  # a step's leaves are the cache's own tensors
-
-    def __init__(self, known: Known, leaves: list[torch.Tensor], values: Mapping[str, Any]) -> None:
-        self.known, self.leaves, self.spec = known, leaves, known.entry.call.spec
-        self.values = {**known.blank, **values}
-
-
-@dataclass(frozen=True)
-class Known:
-    """What the last call on a cache established.
+    """The last step on a cache, and how it is repeated.
 
     Attributes:
-        modes: grad, inference, training, autocast, and the structure's number.
-        constants: arguments that are no tensors, by name.
-        kinds: class of each cache layer; ``keys`` and ``values`` are the tensors that the call left there.
-        layout: names of the call's arguments in order; ``blank`` has them all, without values.
-        given: names of the arguments as the caller gave them.
-        others: positions of the leaves that do not belong to the cache.
+        here: modes and structure round it; ``leaves``: all its leaves in the entry's order.
+        shapes: of the leaves; those in ``growing`` may differ from step to step, in one dim.
     """
 
-    entry: Entry
-    modes: tuple[Any, ...]
-    constants: dict[str, Any]
-    kinds: tuple[type, ...]
-    keys: list[Any]
-    values: list[Any]
-    layout: tuple[str, ...]
-    others: tuple[int, ...]
-    mask_names: tuple[str, ...] | None
-    blank: dict[str, None]
-    given: tuple[str, ...]
+    def __init__(
+        self,
+        cache: weakref.ref[Cache],
+        here: tuple[Any, ...],
+        entry: Entry,
+        leaves: list[torch.Tensor],
+        held: StepCache,
+        inputs: StepInputs,
+    ) -> None:
+        self.cache, self.here, self.entry = cache, here, entry
+        self.leaves, self.held, self.inputs = leaves, held, inputs
+        for place, t in zip(held.places, held.tensors, strict=True):
+            leaves[place] = t
+        looked_at = [held.places[first] for first, _ in held.looked_at]
+        growing = {**inputs.growing, **{place: 2 for place in looked_at if held.grows}}
+        checked = [*[place for place, _ in inputs.given], *[place for place, _ in inputs.made], *looked_at]
+        self._checked = itemgetter(*checked)
+        self._alike = compat.alike([leaves[i] for i in checked], [growing.get(i) for i in checked])
+        self._growing = list(growing)
+        self._shapes = [t.shape for t in leaves]
+        self._fits = entry.graph.accepts.narrowed(held.same, growing)
+        self._states = slice(held.places[0], held.places[-1] + 1)
+        self._results = entry.output.tensors
 
-    def held(self, *, sliding: bool) -> int | None:
-        """States held by a dynamic layer of the kind; ``None`` when there is none."""
-        kind = DynamicSlidingWindowLayer if sliding else DynamicLayer
-        if kind in self.kinds:
-            return int(self.keys[self.kinds.index(kind)].shape[2])
-        return None
+    def repeats(self, kwargs: dict[str, Any], cache: Any) -> bool:
+        """Whether a call repeats this step; its leaves are in their places then."""
+        leaves, shapes = self.leaves, self._shapes
+        if not (self.inputs.fit(kwargs) and self.held.holds(cache) and self.inputs.put(kwargs, leaves)):
+            return False
+        if not self._alike(*self._checked(leaves)):
+            return False
+        for place in self._growing:
+            leaf = leaves[place]
+            shapes[place] = leaf.shape
+            if not leaf.is_contiguous():
+                return False
+        return self._fits(shapes)
 
-
-def _given(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple([name for name, value in kwargs.items() if value is not None])
+    def run(self) -> Any:
+        """Run the entry on the leaves, and give the cache its new states."""
+        entry, held = self.entry, self.held
+        entry.calls += 1
+        results = entry.graph.run(self.leaves)
+        if held.grows:
+            held.take(results[self._results :])
+            self.leaves[self._states] = held.tensors
+        return entry.output.build(results, {"past_key_values": self.cache()})
 
 
 class DecodeSteps:
-    """Remembers, per cache, what the next step is expected to look like."""
+    """The last step on each cache."""
 
     def __init__(self) -> None:
-        self._known: weakref.WeakKeyDictionary[Cache, Known] = weakref.WeakKeyDictionary()
+        self._steps: dict[int, Step] = {}  # by id of the cache, which outlives its entry here by nothing
 
-    def match(self, kwargs: Mapping[str, Any], modes: tuple[Any, ...]) -> Known | None:
-        """What is known for this call's cache, if nothing but the new token has changed."""
+    def recognise(self, kwargs: dict[str, Any], here: tuple[Any, ...]) -> Step | None:
+        """The step that this call repeats, ready to run; ``None`` for a call that has to take the ordinary road."""
         cache = kwargs.get("past_key_values")
-        known = self._known.get(cache) if isinstance(cache, Cache) else None
-        if known is None or cache is None or known.modes != modes:
+        step = self._steps.get(id(cache))
+        if step is None or step.here != here or step.cache() is not cache or not step.repeats(kwargs, cache):
             return None
-        for name, value in kwargs.items():
-            if name not in _TENSORS and known.constants.get(name, known) is not value:
-                return None
-        layers = cache.layers
-        if len(layers) != len(known.keys) or known.given != _given(kwargs):
-            return None
-        if all(map(is_, map(_keys, layers), known.keys)) and all(map(is_, map(_values, layers), known.values)):
-            return known
-        return None
+        return step
 
-    def remember(self, kwargs: Mapping[str, Any], call: Any, entry: Entry, modes: tuple[Any, ...]) -> None:
-        """Note what a call left behind, where the next step can be recognised by it."""
-        carrier = call.values.get("past_key_values")
-        if not isinstance(carrier, CacheCall):
+    def remember(
+        self, kwargs: dict[str, Any], call: Call, entry: Entry, here: tuple[Any, ...], binder: Any, module: Any
+    ) -> None:
+        """Note a call that took the ordinary road, if the next step can repeat it."""
+        carrier: Any = call.values.get("past_key_values")
+        if carrier is None:
             return
-        kinds = tuple(map(type, carrier.cache.layers))
-        if not set(kinds) <= {DynamicLayer, DynamicSlidingWindowLayer, StaticLayer}:
-            return
+        key = id(carrier.cache)
+        self._steps.pop(key, None)
         if carrier.query_length != 1:
             return  # the first step of a sequence is proved (`Region`) and remembered, the next ones repeat it
-        constants = {name: value for name, value in kwargs.items() if name not in _TENSORS}
-        if any(isinstance(value, (torch.Tensor, list, dict)) for value in constants.values()):
-            return  # more tensors than a decode step has
-        mask = dict(entry.call.spec).get("attention_mask", ("const",))
-        self._known[carrier.cache] = Known(
-            entry,
-            modes,
-            constants,
-            kinds,
-            list(map(_keys, carrier.cache.layers)),
-            list(map(_values, carrier.cache.layers)),
-            tuple(name for name, _ in entry.call.spec),
-            tuple(i for i, path in enumerate(entry.call.paths) if not path.startswith("past_key_values")),
-            tuple(name for name, _ in mask[1]) if mask[0] == "dict" else None,
-            {name: None for name, _ in entry.call.spec},
-            _given(kwargs),
-        )
+        held = step_cache(carrier.cache, call, entry)
+        inputs = step_inputs(kwargs, call, held, binder, module) if held is not None else None
+        if held is not None and inputs is not None and _repeatable(call, entry):
+            steps = self._steps
+            cache = weakref.ref(carrier.cache, lambda _: steps.pop(key, None))
+            steps[key] = Step(cache, here, entry, list(call.leaves), held, inputs)
 
-    @staticmethod
-    def advance(known: Known, cache: Cache) -> None:
-        """The step has run: dynamic layers hold new tensors."""
-        known.keys[:] = map(_keys, cache.layers)
-        known.values[:] = map(_values, cache.layers)
+    def forget(self) -> None:
+        self._steps.clear()
 
 
-def step_mask(given: Any, known: Known, embeds: torch.Tensor) -> Any:
-    """Dense masks for one new token, or ``None`` where the ordinary road has to make them.
-
-    A single token sees all that its cache holds, so its row of a causal or sliding mask is the padding mask.
-    """
-    if isinstance(given, torch.Tensor) and given.dim() == 4:
-        return given if known.mask_names is None else None
-    if isinstance(given, Mapping):
-        whole = known.mask_names is not None and all(isinstance(m, torch.Tensor) for m in given.values())
-        return given if whole and DynamicSlidingWindowLayer not in known.kinds else None
-    if known.mask_names is None:
-        sliding = DynamicLayer not in known.kinds
-        return _row(given, known.held(sliding=sliding), known.held(sliding=False), embeds)
-    if not set(known.mask_names) <= set(_MASKS):
-        return None
-    full = known.held(sliding=False)
-    masks = {n: _row(given, known.held(sliding=n != "full_attention"), full, embeds) for n in known.mask_names}
-    return None if any(mask is None for mask in masks.values()) else masks
-
-
-def _row(padding: Any, held: int | None, seen: int | None, embeds: torch.Tensor) -> torch.Tensor | None:
-    """(batch, 1, 1, held + 1): which of the held states and the new one count."""
-    if held is None:
-        return None
-    if padding is None:
-        return torch.ones((embeds.shape[0], 1, 1, held + 1), dtype=torch.bool, device=embeds.device)
-    if seen is not None and padding.shape[1] != seen + 1:
-        return None
-    row: torch.Tensor = padding if padding.dtype is torch.bool else padding.to(torch.bool)
-    return row[:, None, None, -held - 1 :].contiguous()
-
-
-def step_leaves(known: Known, values: Mapping[str, Any], cache: Cache) -> list[torch.Tensor] | None:
-    """All leaves of the step in the entry's order; ``None`` when a new tensor differs from the entry's."""
-    leaves: list[torch.Tensor] = []
-    for name in known.layout:
-        if name == "past_key_values":
-            leaves += _cache_leaves(known, cache)
-            continue
-        value = values.get(name)
-        if isinstance(value, torch.Tensor):
-            leaves.append(value if value.is_contiguous() else value.contiguous())
-        elif isinstance(value, Mapping):
-            leaves += [value[key] for key in sorted(value)]
-        elif isinstance(value, list):
-            leaves += value
-    call = known.entry.call
-    if len(leaves) != len(call.labels):
-        return None
-    expected = call.key[1]
-    for i in known.others:
-        if not leaves[i].is_contiguous() or metadata_of(leaves[i], call.labels[i]) != expected[i]:
-            return None
-    return leaves
-
-
-def _cache_leaves(known: Known, cache: Cache) -> list[torch.Tensor]:
-    """The cache's leaves in the order in which `CacheCall` flattens, for layers that passed `DecodeSteps.match`."""
-    leaves: list[Any] = []
-    selects: dict[tuple[int, int], torch.Tensor] = {}
-    for kind, layer, keys, values in zip(known.kinds, cache.layers, known.keys, known.values, strict=True):
-        leaves += (keys, values)
-        if kind is StaticLayer:
-            leaves.append(layer.cumulative_length)  # type: ignore[union-attr]
-        elif kind is DynamicSlidingWindowLayer:
-            place = (layer.sliding_window, keys.shape[2])  # type: ignore[union-attr]
-            if place not in selects:
-                selects[place] = states_to_keep(*place, 1, keys.device)
-    return [*leaves, *selects.values()]
+def _repeatable(call: Call, entry: Entry) -> bool:
+    """Whether the entry writes into nothing but the cache, and returns nothing that it was given but the cache."""
+    returned = [call.paths[i] for kind, i in entry.graph.outputs if kind == "leaf"]
+    if entry.written or not entry.output.names <= {"past_key_values"}:
+        return False
+    return all(path.startswith("past_key_values.") for path in returned)
