@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 
@@ -56,6 +56,9 @@ class _Building(threading.local):
 class Region:
     """One compiled component instance: its entries, its lock and its counters."""
 
+    #: What a call does instead while a profiler of torch is on; given by `compile_policy.trace`.
+    when_profiled: ClassVar[Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] | None] = None
+
     def __init__(
         self,
         module: torch.nn.Module,
@@ -99,6 +102,8 @@ class Region:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _is_dynamo_compiling() or self.forced_eager or self._building.now:
             return compat.plain_call(self.module, *args, **kwargs)
+        if compat.profiling() and (profiled := type(self).when_profiled) is not None:
+            return profiled(self, args, kwargs)
         self.calls += 1
         ambient = compat.ambient(self.module)
         if ambient != self._allowed:
