@@ -33,7 +33,7 @@ LOCK_SECONDS = 600.0
 _LOOKS = 3  # an artifact that is removed or replaced while it is read looks like one with a missing file
 
 # What is wrong with the artifact itself; the other reasons may be about us (another secret, no permission).
-_DAMAGED = ("manifest", "missing", "size", "hash", "key")
+DAMAGED = ("manifest", "missing", "size", "hash", "key")
 
 
 class Store:
@@ -67,7 +67,7 @@ class Store:
         """
         found = self.check(key.digest)
         if isinstance(found, Miss):
-            if found.reason in _DAMAGED:
+            if found.reason in DAMAGED:
                 events.emit("skipped", "", f"a stored artifact is not used, {found.detail}; it will be made again")
                 if isinstance(self.check(key.digest), Miss):  # nobody has put a good one there meanwhile
                     self._set_aside(key.digest, found.reason)

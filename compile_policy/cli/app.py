@@ -13,10 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
-from compile_policy.cli import graphs, layers
+from compile_policy.cli import cache, graphs, layers
 from compile_policy.cli.config import config
 from compile_policy.cli.explain import explain
 from compile_policy.cli.generate import generate
+from compile_policy.cli.matrix import matrix
 from compile_policy.cli.plan import plan
 from compile_policy.cli.session import Session
 from compile_policy.cli.terminal import Terminal
@@ -43,10 +44,11 @@ _EPILOG = "\n\n".join(
 app = typer.Typer(
     add_completion=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
 )
-for command in (generate, plan, explain, config):
+for command in (generate, plan, explain, matrix, config):
     app.command(epilog=_EPILOG)(command)
 app.add_typer(graphs.app, name="graphs")
 app.add_typer(layers.app, name="layers")
+app.add_typer(cache.app, name="cache")
 
 
 @app.callback(invoke_without_command=True, epilog=_EPILOG)
