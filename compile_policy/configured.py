@@ -29,9 +29,10 @@ def store_of(config: CompilationConfig) -> Store | None:
     if config.cache_dir is False or config.backend != "inductor" or not config.enabled or config.mode == 0:
         return None
     found = {name: os.path.expandvars(f"${name}") for name in _PLACES}
-    return _opened(config.cache_dir, tuple((name, value) for name, value in found.items() if value != f"${name}"))
+    places = tuple((name, value) for name, value in found.items() if value != f"${name}")
+    return _opened(config.cache_dir, config.cache_key_file, places)
 
 
 @functools.lru_cache(maxsize=16)
-def _opened(cache_dir: Path | None, places: tuple[tuple[str, str], ...]) -> Store | None:
-    return open_store(cache_dir, dict(places))
+def _opened(cache_dir: Path | None, key_file: Path | None, places: tuple[tuple[str, str], ...]) -> Store | None:
+    return open_store(cache_dir, dict(places), key_file=key_file)
