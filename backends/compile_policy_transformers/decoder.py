@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
 from compile_policy.call_key import Call
@@ -22,11 +22,12 @@ from compile_policy.entry import Entry
 from compile_policy.errors import NotCompilable
 from compile_policy.proof import form_of
 from compile_policy.region import Bound
-from compile_policy.shapes import Labels
 from compile_policy_transformers import attention, caches, compat
+from compile_policy_transformers.cache_masks import all_sliding, arranged, each_arranged
+from compile_policy_transformers.decoder_labels import DecoderLabels
+from compile_policy_transformers.deepstack import DeepstackFeatures
 from compile_policy_transformers.repeat import DecodeSteps, Step
 
-_SLIDING = ("sliding_attention", "chunked_attention")
 #: Visual tokens are some of the example's 2 x 3 positions.
 _EXAMPLE_SIZES = {"batch": 2, "sequence": 3, "visual_tokens": 5}
 
@@ -62,13 +63,14 @@ class DecoderBinder:
         cache = self._cache(module, values, embeds)
         if cache is not None:
             values["past_key_values"] = caches.CacheCall(cache, length)
+        text = self._text_positions(values.get("position_ids"))
         if "position_ids" in self.parameters:
             values["position_ids"] = self.position_ids(values.get("position_ids"), embeds, cache)
-        masks = self._masks(values.get("attention_mask"), embeds, cache)
+        masks = self._masks(values.get("attention_mask"), embeds, cache, text)
         if masks is not None:
             values["attention_mask"] = masks
         fillers = self.features.complete(values, embeds)
-        label = _Labels(batch, length, cache)
+        label = DecoderLabels(batch, length, cache)
         ordered = {name: values[name] for name in sorted(values) if values[name] is not None}
         return Bound(ordered, label, fillers, _EXAMPLE_SIZES, boundary=length > 1)
 
@@ -162,8 +164,7 @@ class DecoderBinder:
         elif ids.dim() == 3 and ids.shape[0] == 1 and self._rope_dims():
             ids = ids.expand(self._rope_dims(), batch, length)  # text only: all three are the same
         elif ids.dim() == 3 and ids.shape[0] == self._rope_dims() + 1:
-            # Row 0 repeats the text positions, which models use to recognise packed sequences; with the mask
-            # given, nothing reads them.
+            # Row 0 repeats the text positions, which only say whether sequences are packed: the mask has that.
             ids = ids[1:]
         return ids
 
@@ -172,28 +173,36 @@ class DecoderBinder:
         rope = getattr(self.config, "rope_parameters", None) or getattr(self.config, "rope_scaling", None) or {}
         return 3 if "mrope_section" in rope else 0
 
-    def _masks(self, given: Any, embeds: torch.Tensor, cache: Cache | None) -> Any:
+    def _text_positions(self, ids: torch.Tensor | None) -> torch.Tensor | None:
+        """The positions by which Transformers recognises packed sequences, as the models themselves hand them on."""
+        if ids is None or not self._rope_dims():
+            return ids
+        return ids[0] if ids.dim() == 3 and ids.shape[0] == self._rope_dims() + 1 else None
+
+    def _masks(self, given: Any, embeds: torch.Tensor, cache: Cache | None, text: torch.Tensor | None) -> Any:
         """Dense masks: one tensor, or one per layer type where the model keeps several."""
         if isinstance(given, torch.Tensor) and given.dim() == 4:
-            return _arranged(given, cache, sliding=_all_sliding(cache))
+            return arranged(given, cache, sliding=all_sliding(cache))
         if isinstance(given, Mapping):
             if any(mask is None for mask in given.values()):
-                made = self._created(None, embeds, cache)
+                made = self._created(None, embeds, cache, text)
                 given = {name: made.get(name) if mask is None else mask for name, mask in given.items()}
-            return _each_arranged(given, cache)
+            return each_arranged(given, cache)
         if given is not None and not (isinstance(given, torch.Tensor) and given.dim() == 2):
             raise NotCompilable(f"an attention mask of type {type(given).__name__} with an unknown layout")
-        made = self._created(given, embeds, cache)
+        made = self._created(given, embeds, cache, text)
         if isinstance(made, Mapping):
-            return _each_arranged(made, cache)
-        return _arranged(made, cache, sliding=_all_sliding(cache))
+            return each_arranged(made, cache)
+        return arranged(made, cache, sliding=all_sliding(cache))
 
-    def _created(self, mask: torch.Tensor | None, embeds: torch.Tensor, cache: Cache | None) -> Any:
+    def _created(
+        self, mask: torch.Tensor | None, embeds: torch.Tensor, cache: Cache | None, text: torch.Tensor | None
+    ) -> Any:
         bidirectional = getattr(self.config, "use_bidirectional_attention", False)
         if embeds.shape[1] > 1 and bidirectional in (True, "all"):
             # Eager then attends by what each attention module says of itself; a single token has no future to see.
             raise NotCompilable("its attention is bidirectional, and the model gave no mask for this call")
-        return create_masks_for_generate(self.mask_config, embeds, mask, cache)
+        return create_masks_for_generate(self.mask_config, embeds, mask, cache, position_ids=text)
 
 
 def _counting_rows(mask: Any, length: int) -> torch.Tensor | None:
@@ -208,96 +217,3 @@ def _counting_rows(mask: Any, length: int) -> torch.Tensor | None:
 
 def _open(mask: torch.Tensor) -> torch.Tensor:
     return mask if mask.dtype is torch.bool else mask > torch.finfo(mask.dtype).min / 2
-
-
-def _each_arranged(masks: Mapping[str, Any], cache: Cache | None) -> dict[str, Any]:
-    """In one order: Transformers builds the mapping from a set, and its order is no difference between calls."""
-    return {name: _arranged(masks[name], cache, sliding=name in _SLIDING) for name in sorted(masks)}
-
-
-def _arranged(mask: Any, cache: Cache | None, *, sliding: bool) -> Any:
-    """A mask for the cache layers as they look inside the trace."""
-    if cache is None or not sliding or not isinstance(mask, torch.Tensor):
-        return mask
-    for layer in cache.layers:
-        if type(layer) is StaticSlidingWindowLayer:
-            return caches.sliding_mask(mask, layer.max_cache_len, layer.cumulative_length_int)
-    return mask
-
-
-def _all_sliding(cache: Cache | None) -> bool:
-    return cache is not None and all(getattr(layer, "is_sliding", False) for layer in cache.layers)
-
-
-class _Labels:
-    """Labels of a decoder's tensor arguments: by name where the name says it, else by size."""
-
-    def __init__(self, batch: int, length: int, cache: Cache | None) -> None:
-        self.batch, self.length = batch, length
-        self.cached = cache is not None
-        layers = cache.layers if cache is not None else []
-        self.static = any(isinstance(layer, StaticLayer) for layer in layers)
-        self.has_sliding = any(getattr(layer, "is_sliding", False) for layer in layers)
-        self.all_sliding = _all_sliding(cache)
-
-    def __call__(self, path: str, tensor: torch.Tensor) -> Labels:
-        name = path.split("[")[0]
-        if name == "attention_mask" and tensor.dim() == 4:
-            heads = None if tensor.shape[1] == 1 else "mask_heads"
-            return ("batch", heads, "sequence", self._keys(path))
-        if name == "position_ids":
-            return (*(None,) * (tensor.dim() - 2), "batch", "sequence")
-        if name == "deepstack_visual_embeds":
-            return ("visual_tokens", *(None,) * (tensor.dim() - 1))
-        return self._by_size(tensor)
-
-    def _keys(self, path: str) -> str:
-        sliding = any(f"'{kind}'" in path for kind in _SLIDING) or (self.all_sliding and path == "attention_mask")
-        if not self.cached:
-            return "sequence"
-        if sliding and self.has_sliding:
-            return f"{caches.SLIDING_SLOTS}+sequence" if self.static else f"{caches.SLIDING_PAST}+sequence"
-        return caches.SLOTS if self.static else f"{caches.PAST}+sequence"
-
-    def _by_size(self, tensor: torch.Tensor) -> Labels:
-        labels: list[str | None] = [None] * tensor.dim()
-        if tensor.dim() >= 2 and tensor.shape[0] == self.batch:
-            labels[0] = "batch"
-        if tensor.dim() >= 2 and tensor.shape[1] == self.length:
-            labels[1] = "sequence"
-        if tensor.dim() == 1 and tensor.shape[0] == self.length:
-            labels[0] = "sequence"
-        return tuple(labels)
-
-
-class DeepstackFeatures:
-    """Visual features that some decoders add to their first layers; empty ones where a call has none."""
-
-    def __init__(self, decoder: torch.nn.Module) -> None:
-        self.wanted = "deepstack_visual_embeds" in inspect.signature(decoder.forward).parameters
-        self.count = 0
-
-    def count_of(self, model: torch.nn.Module) -> None:
-        vision = getattr(getattr(model, "config", None), "vision_config", None)
-        self.count = len(getattr(vision, "deepstack_visual_indexes", None) or ())
-
-    def complete(self, values: dict[str, Any], embeds: torch.Tensor) -> dict[str, Any]:
-        """Make the arguments present and return how to fill their example."""
-        if not self.wanted:
-            return {}
-        given = values.get("deepstack_visual_embeds")
-        if given is not None:
-            self.count = len(given)
-        if self.count == 0:
-            return {}  # nothing known about them yet: the model was never called with a picture
-        if given is None:
-            values["deepstack_visual_embeds"] = [embeds.new_empty(0, embeds.shape[2]) for _ in range(self.count)]
-            values["visual_pos_masks"] = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-        return {"visual_pos_masks": _first_positions}
-
-
-def _first_positions(sizes: Mapping[str, int], shape: Sequence[int]) -> torch.Tensor:
-    """As many marked positions as the example has visual tokens."""
-    mask = torch.zeros(tuple(shape), dtype=torch.bool)
-    mask.view(-1)[: sizes["visual_tokens"]] = True
-    return mask
