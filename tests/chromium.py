@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,16 +125,18 @@ class Page:
 
 @contextlib.contextmanager
 def chromium(program: str, profile: Path) -> Iterator[Page]:
-    """Chromium without a window, ended with the block.
-
-    Its pipe is file descriptors 3 and 4 of the process, which a shell puts there.
-    """
+    """Chromium without a window, ended with the block."""
     to_read, to_write = os.pipe()
     from_read, from_write = os.pipe()
     flags = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --remote-debugging-pipe"
-    command = f'exec "$0" {flags} --user-data-dir="$1" about:blank 3<&{to_read} 4>&{from_write}'
+    # Chromium wants the pipe as file descriptors 3 and 4; both ends are moved out of the way before they are put there.
+    place = (
+        "import os, sys; r, w = (os.dup2(int(fd), 100 + i) for i, fd in enumerate(sys.argv[1:3]));"
+        "os.dup2(r, 3); os.dup2(w, 4); os.execv(sys.argv[3], sys.argv[3:])"
+    )
+    ends = [str(to_read), str(from_write)]
     process = subprocess.Popen(
-        ["sh", "-c", command, program, str(profile)],
+        [sys.executable, "-c", place, *ends, program, *flags.split(), f"--user-data-dir={profile}", "about:blank"],
         pass_fds=(to_read, from_write),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

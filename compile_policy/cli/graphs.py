@@ -9,13 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from compile_policy.cli import graph_tables as tables
+from compile_policy.cli import graph_text as texts
 from compile_policy.cli.session import Session
 from compile_policy.errors import InputError
 from compile_policy.graphs.difference import difference
+from compile_policy.graphs.folding import folds
 from compile_policy.graphs.page import page_of
-from compile_policy.graphs.reading import Dump, DumpedEntry
+from compile_policy.graphs.reading import Dump, DumpedEntry, json_lines, read_text
+from compile_policy.graphs.report import ReportFailed, report_of
 from compile_policy.graphs.search import find_ops
 from compile_policy.graphs.stats import stats_of
+from compile_policy.graphs.trail import OpTrail, kernel_trail, op_trail
 
 app = typer.Typer(help="Look into graphs that were dumped with --dump-graphs.", no_args_is_help=True)
 
@@ -51,17 +55,37 @@ def show(
     context: typer.Context,
     directory: _Path,
     entry: _Entry = "",
-    file: Annotated[str, typer.Option("--file", help="Another file: kernels, lowered, bytecode, conditions, ...")] = "",
+    file: Annotated[
+        str, typer.Option("--file", help="Another file: lowered, kernels, bytecode, conditions, guards, ...")
+    ] = "",
+    op: Annotated[
+        str, typer.Option("--op", metavar="NAME", help="One operation: its line, lowered form, kernel.")
+    ] = "",
+    kernel: Annotated[
+        str, typer.Option("--kernel", metavar="NAME", help="One kernel, by name or number: lines of the model, code.")
+    ] = "",
+    every: Annotated[bool, typer.Option("--all", help="Repeated blocks too.")] = False,
     as_json: _Json = False,
 ) -> int:
-    """Print the captured graph with the model's line beside each operation, or another file of the entry."""
+    """Print the captured graph with the model's line beside each operation, another file, an operation or a kernel."""
     session: Session = context.obj
-    found = _entry(directory, entry)
-    if as_json:
+    if sum(map(bool, (file, op, kernel))) > 1:
+        raise InputError("--file, --op and --kernel ask for different things.", remedy="Give one of them.")
+    found, out = _entry(directory, entry), session.terminal.out
+    if op or kernel:
+        trail = op_trail(found, op) if op else kernel_trail(found, kernel)
+        if as_json:
+            _print_json({"entry": found.id, **trail.to_dict()})
+        elif isinstance(trail, OpTrail):
+            texts.print_op(out, found.id, trail, found.symbols())
+        else:
+            texts.print_kernel(out, found.id, trail, found.symbols())
+    elif as_json:
         shown: dict[str, Any] = {"file": file, "text": found.read(file)} if file else {"ops": found.ops()}
         _print_json({"entry": found.record, **shown})
-        return 0
-    tables.print_source(session.terminal.out, found.read(file or "captured"))
+    else:
+        once = [] if every or file or "ops" not in found.files else folds(found.ops())
+        texts.print_source(out, found.read(file or "captured"), once)
     return 0
 
 
@@ -71,12 +95,16 @@ def stats(
     directory: _Path,
     entry: _Entry = "",
     top: Annotated[int, typer.Option("--top", min=1, help="Rows of each table.")] = 15,
+    at: Annotated[
+        str, typer.Option("--at", metavar="DIM=SIZE,...", help="Sizes that costs are for; else those traced.")
+    ] = "",
     as_json: _Json = False,
 ) -> int:
-    """Operations by kind, by module and by line of the model; kernels, and how many operations went into each."""
+    """Operations by kind, module and line with estimates of cost; kernels, and how many operations are in each."""
     session: Session = context.obj
+    sizes = _sizes(at)
     found = [_entry(directory, entry)] if entry or not _is_dump(directory) else list(Dump.open(directory).entries)
-    counted = [(one, stats_of(one)) for one in found]
+    counted = [(one, stats_of(one, sizes)) for one in found]
     if as_json:
         _print_json({"entries": [{"id": one.id, **numbers.to_dict()} for one, numbers in counted]})
         return 0
@@ -85,21 +113,30 @@ def stats(
     return 0
 
 
+def _sizes(text: str) -> dict[str, int]:
+    """``batch=1,past=512``."""
+    try:
+        return {name.strip(): int(size) for name, _, size in (part.partition("=") for part in text.split(",") if part)}
+    except ValueError:
+        raise InputError(f"--at {text} is no list of sizes.", remedy="Write it as batch=1,sequence=512.") from None
+
+
 @app.command("find")
 def find(
     context: typer.Context,
     directory: _Path,
     op: Annotated[str, typer.Argument(metavar="OP", help="An operation's kind or name, or a part of it.")],
+    every: Annotated[bool, typer.Option("--all", help="Each operation, where blocks repeat it too.")] = False,
     as_json: _Json = False,
 ) -> int:
-    """List where an operation occurs: entry, name, shape and the model's line."""
+    """List where an operation occurs: entry, name, type, module and the model's line."""
     session: Session = context.obj
     dump, name = Dump.locate(directory)
     hits = find_ops([dump.entry(name)] if name else list(dump.entries), op)
     if as_json:
         _print_json({"hits": [{"entry": hit.entry, **hit.op} for hit in hits]})
     elif hits:
-        tables.print_hits(session.terminal.out, hits)
+        tables.print_hits(session.terminal.out, hits, every)
     else:
         session.terminal.note(f"no operation like {op!r}")
     return 0 if hits else 1
@@ -127,16 +164,41 @@ def diff(
 def html(
     context: typer.Context,
     directory: _Dump,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The page to write.")],
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="The page; by default graphs.html in DIR.")
+    ] = None,
+    events: Annotated[
+        Path | None, typer.Option("--events", metavar="FILE", help="More events: JSON lines of a run.")
+    ] = None,
+    tlparse: Annotated[
+        Path | None,
+        typer.Option(
+            "--tlparse",
+            metavar="LOG",
+            envvar="TORCH_TRACE",
+            help="A log of TORCH_TRACE; link tlparse's report.",
+        ),
+    ] = None,
+    as_json: _Json = False,
 ) -> int:
     """Write the dump as one page that needs nothing else: search it, and click from operation to kernel and back."""
     session: Session = context.obj
-    text = page_of(Dump.open(directory))
+    dump, target = Dump.open(directory), file or directory / "graphs.html"
+    link = ""
+    if tlparse is not None:
+        try:
+            link = report_of(tlparse, target.with_name(f"{target.stem}-tlparse"))
+        except ReportFailed as reason:
+            session.terminal.warn(f"tlparse's report is left out: {reason}")
+    text = page_of(dump, events=json_lines(read_text(events)) if events is not None else (), tlparse=link)
     try:
-        file.write_text(text, "utf-8")
+        target.write_text(text, "utf-8")
     except OSError as error:
-        raise InputError(f"cannot write {file}: {error.strerror or error}.") from error
-    session.terminal.note(f"{file}, {len(text.encode()) / 1e6:.1f} MB")
+        raise InputError(f"cannot write {target}: {error.strerror or error}.") from error
+    if as_json:
+        _print_json({"file": str(target), "bytes": len(text.encode()), "entries": len(dump.entries), "tlparse": link})
+    else:
+        session.terminal.note(f"{target}, {len(text.encode()) / 1e6:.1f} MB")
     return 0
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from compile_policy.entry import Entry
 from compile_policy.events import emit
 from compile_policy.graphs.bytecode import decompile, disassemble
+from compile_policy.graphs.calls import CallLog
 from compile_policy.graphs.captured import captured_text
 from compile_policy.graphs.folder import DumpFolder, EntryFolder
 from compile_policy.graphs.inputs import input_names, input_rows, symbols_of
@@ -59,6 +60,7 @@ class GraphDump:
         self._max_bytes = max_bytes
         self._recorded = threading.local()
         self._failures: set[str] = set()
+        self._calls = CallLog(self.directory)
         log_events(self.directory, self)
 
     @contextmanager
@@ -102,6 +104,7 @@ class GraphDump:
             self._write_lowered(folder, recording)
             self._write_bytecode(folder, recording)
             self._folder.publish(folder, self._described(folder, details))
+            self._calls.watch(entry, folder.id, region.name)
         except BaseException:
             folder.discard()
             raise

@@ -7,12 +7,13 @@ from typing import Any
 
 from compile_policy.graphs.kernels import Kernel, kernel_codes, kernels_of, lowered_of, lowered_texts
 from compile_policy.graphs.reading import Dump, DumpedEntry
-from compile_policy.graphs.sizes import labelled, numbers
+from compile_policy.graphs.sizes import numbers, tensor_type, type_of
 from compile_policy.graphs.stats import bytes_moved, op_costs
-from compile_policy.graphs.values import RETURNED, Value, values_of
+from compile_policy.graphs.values import RETURNED, values_of
 
 _EXAMPLES = 12  # names of guards of one kind
 _MOST_EVENTS = 5000
+_MOST_CALLS = 2000
 _TEXTS = ("bytecode", "conditions")
 Symbols = Mapping[str, Mapping[str, Any]]
 
@@ -25,11 +26,32 @@ def page_data(dump: Dump, events: Sequence[Mapping[str, Any]] = (), tlparse: str
         events: beside those that the dump has.
         tlparse: link to tlparse's report.
     """
-    runs = [{"name": run.name, "plans": run.plans(), "events": run.events()[:_MOST_EVENTS]} for run in dump.runs()]
+    runs = [_run(run.name, run.plans(), run.events(), run.calls()) for run in dump.runs()]
     if events:
-        runs.append({"name": "events", "plans": [], "events": [dict(event) for event in events[:_MOST_EVENTS]]})
+        runs.append(_run("events", [], events, []))
     entries = [_entry(entry) for entry in dump.entries]
     return {"notes": list(dump.notes), "runs": runs, "entries": entries, "tlparse": tlparse}
+
+
+def _run(
+    name: str,
+    plans: Sequence[Mapping[str, Any]],
+    events: Sequence[Mapping[str, Any]],
+    calls: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """One run. Of many calls the first ones and the last ones are shown, and all are counted."""
+    known = [[str(c.get("component")), str(c.get("entry")), c["time"], c["seconds"]] for c in calls if _is_timed(c)]
+    shown = known if len(known) <= _MOST_CALLS else [*known[: _MOST_CALLS // 2], *known[-_MOST_CALLS // 2 :]]
+    counts: dict[str, list[float]] = {}
+    for component, _, _, seconds in known:
+        counts.setdefault(component, []).append(seconds)
+    timed = {component: [len(found), sorted(found)[len(found) // 2]] for component, found in counts.items()}
+    listed = [dict(event) for event in events[:_MOST_EVENTS] if isinstance(event.get("time"), (int, float))]
+    return {"name": name, "plans": list(plans), "events": listed, "calls": shown, "timed": timed}
+
+
+def _is_timed(call: Mapping[str, Any]) -> bool:
+    return all(isinstance(call.get(name), (int, float)) for name in ("time", "seconds"))
 
 
 def without_code(data: dict[str, Any], excess: int) -> dict[str, Any] | None:
@@ -50,7 +72,7 @@ def without_code(data: dict[str, Any], excess: int) -> dict[str, Any] | None:
             note = f"{largest['id']}: {said} is left out here, to keep the page small; the dump's folder has it"
             return {**data, "entries": entries, "notes": [*data["notes"], note]}
     if any(run["events"] for run in data["runs"]):
-        runs = [{**run, "events": []} for run in data["runs"]]
+        runs = [{**run, "events": [], "calls": []} for run in data["runs"]]
         return {**data, "runs": runs, "notes": [*data["notes"], "events are left out, to keep the page small"]}
     return None
 
@@ -92,7 +114,7 @@ class _Lowered:
             for value in values_of(text).values():
                 if value.text and value.name != RETURNED:
                     self.numbers[graph, value.name] = len(self.rows)
-                    self.rows.append([value.name, _type(value, symbols), value.text])
+                    self.rows.append([value.name, tensor_type(value.dtype, value.shape, symbols), value.text])
 
     def numbers_of(self, graph: int, names: Sequence[str]) -> list[int]:
         return [self.numbers[graph, name] for name in names if (graph, name) in self.numbers]
@@ -116,7 +138,7 @@ def _ops(
         [
             str(op.get("name")),
             strings.number(str(op.get("op"))),
-            strings.number(_type(_value(op), symbols)),
+            strings.number(type_of(op, symbols)),
             strings.number(str(op.get("module") or "")),
             sources.number(_source(op.get("source"))),
             [numbered[name] for name in op.get("inputs", ()) if name in numbered],
@@ -127,7 +149,7 @@ def _ops(
         ]
         for op, cost in zip(ops, costs, strict=True)
     ]
-    names = [[str(row.get("name")), str(row.get("is")), _type(_value(row), symbols)] for row in inputs]
+    names = [[str(row.get("name")), str(row.get("is")), type_of(row, symbols)] for row in inputs]
     return {"ops": rows, "strings": strings.values, "sources": sources.values, "inputs": names}
 
 
@@ -174,19 +196,6 @@ def _source(source: Any) -> tuple[str, int, str, str, str]:
         return "", 0, "", "", ""
     file, function, code, caller = (str(source.get(name, "")) for name in ("file", "function", "code", "caller"))
     return file, int(source.get("line", 0)), function, code, caller
-
-
-def _value(row: Mapping[str, Any]) -> Value:
-    shape = row.get("shape")
-    sizes = tuple(map(str, shape)) if isinstance(shape, list) else None
-    return Value(str(row.get("name")), str(row.get("dtype", "")), sizes)
-
-
-def _type(value: Value, symbols: Symbols) -> str:
-    """``f32[batch, 64]``."""
-    if value.shape is None:
-        return ""
-    return f"{value.dtype}[{', '.join(labelled(size, symbols) for size in value.shape)}]"
 
 
 def _list(value: Any) -> list[Any]:

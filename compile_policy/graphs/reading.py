@@ -10,7 +10,7 @@ from typing import Any
 
 from compile_policy.errors import InputError
 from compile_policy.graphs.folder import INDEX, SCHEMA
-from compile_policy.graphs.runs import EVENTS, PLAN, RUNS
+from compile_policy.graphs.runs import CALLS, EVENTS, PLAN, RUNS
 
 _LARGEST = 512 * 1024 * 1024
 #: What stands for the first of several files that an entry has.
@@ -123,7 +123,7 @@ class DumpedEntry:
 
 @dataclass(frozen=True)
 class Run:
-    """One process that wrote entries: its plans and its events."""
+    """One process that wrote entries: its plans, its events, its calls."""
 
     root: Path
     name: str
@@ -135,6 +135,10 @@ class Run:
     def events(self) -> list[dict[str, Any]]:
         """Its events, in order."""
         return self._lines(EVENTS)
+
+    def calls(self) -> list[dict[str, Any]]:
+        """The calls of its entries: entry, component, time of the end, seconds."""
+        return self._lines(CALLS)
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         path = self.root / RUNS / self.name / name
@@ -219,6 +223,15 @@ def json_lines(text: str) -> list[dict[str, Any]]:
 def _read(root: Path, path: Path) -> str:
     if not path.resolve().is_relative_to(root.resolve()):
         raise InputError(f"{path} is outside of the dump {root}.")
+    return read_text(path)
+
+
+def read_text(path: Path) -> str:
+    """A file's text.
+
+    Raises:
+        InputError: it cannot be read, or is too large.
+    """
     try:
         if path.stat().st_size > _LARGEST:
             raise InputError(f"{path} is larger than {_LARGEST:,} bytes.")

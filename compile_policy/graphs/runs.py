@@ -1,6 +1,6 @@
-"""What a dump keeps of a whole run: the plan of each model, and the events as they happen.
+"""What a dump keeps of a whole run: the plan of each model, the events as they happen, and when entries were called.
 
-Both stand in ``runs/RUN/`` beside the entries. Like everything of a dump they never disturb the run: what cannot be
+They stand in ``runs/RUN/`` beside the entries. Like everything of a dump they never disturb the run: what cannot be
 written is left out.
 """
 
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from compile_policy.events import Event, listening
-from compile_policy.graphs.text import clean
 
 RUNS = "runs"
 EVENTS = "events.jsonl"
 PLAN = "plan.json"
-#: Bytes that the events of one run may take.
-MAX_EVENTS = 2 * 1024 * 1024
+CALLS = "calls.jsonl"
+#: Bytes that each of these may take for one run; what comes later is dropped.
+MAX_BYTES = 2 * 1024 * 1024
 
 _logs: dict[Path, tuple[ExitStack, weakref.WeakSet[Any]]] = {}
 _lock = threading.Lock()
@@ -58,11 +58,8 @@ def _sink(root: Path, owners: weakref.WeakSet[Any]) -> Callable[[Event], None]:
     def write(event: Event) -> None:
         if not owners:
             return
-        line = json.dumps(asdict(event), default=str) + "\n"
         with suppress(OSError):
-            path = _folder(root) / EVENTS
-            if not path.exists() or path.stat().st_size + len(line) <= MAX_EVENTS:
-                _append(path, line)
+            append(root, EVENTS, json.dumps(asdict(event), default=str) + "\n")
 
     return write
 
@@ -70,7 +67,21 @@ def _sink(root: Path, owners: weakref.WeakSet[Any]) -> Callable[[Event], None]:
 def note_plan(root: Path, plan: dict[str, Any]) -> None:
     """Keep the plan of a model; several models of one process are told apart by their number."""
     with suppress(OSError):
-        _append(_folder(root) / PLAN, clean(json.dumps(plan, default=str)) + "\n")
+        append(root, PLAN, json.dumps(plan, default=str) + "\n")
+
+
+def append(root: Path, name: str, lines: str) -> None:
+    """Write lines into a file of this run, as long as there is room.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    path = _folder(root) / name
+    if path.exists() and path.stat().st_size + len(lines) > MAX_BYTES:
+        return
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+    with os.fdopen(os.open(path, flags, 0o600), "a", encoding="utf-8") as stream:
+        stream.write(lines)
 
 
 def _folder(root: Path) -> Path:
@@ -81,9 +92,3 @@ def _folder(root: Path) -> Path:
     if path.parent.is_symlink() or path.is_symlink():
         raise OSError(f"{path} is a link; a dump stays inside its folder")
     return path
-
-
-def _append(path: Path, line: str) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
-    with os.fdopen(os.open(path, flags, 0o600), "a", encoding="utf-8") as stream:
-        stream.write(line)

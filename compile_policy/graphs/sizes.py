@@ -28,6 +28,17 @@ def labelled(size: str, symbols: Mapping[str, Mapping[str, Any]]) -> str:
     return _WORD.sub(lambda m: str(symbols.get(m[0], {}).get("label") or m[0]), size)
 
 
+def tensor_type(dtype: str, shape: Sequence[str] | None, symbols: Mapping[str, Mapping[str, Any]]) -> str:
+    """``f32[batch, 64]``; empty for what is no tensor."""
+    return "" if shape is None else f"{dtype}[{', '.join(labelled(str(size), symbols) for size in shape)}]"
+
+
+def type_of(op: Mapping[str, Any], symbols: Mapping[str, Mapping[str, Any]]) -> str:
+    """The same of a row of ``ops.json``."""
+    shape = op.get("shape")
+    return tensor_type(str(op.get("dtype", "")), shape if isinstance(shape, list) else None, symbols)
+
+
 def numbers(symbols: Mapping[str, Mapping[str, Any]], given: Mapping[str, int]) -> dict[str, int]:
     """Symbol -> number: what is given for its label (or for itself), else what was traced."""
     found = {}

@@ -1,5 +1,6 @@
 // Two entries side by side, aligned by operation, module, type and line of the model.
 const MOST_CHANGES = 3000;
+const MOST_FACTS = 8;
 
 function showCompare(main, first, second) {
   const a = entries[first] || entries[0];
@@ -9,7 +10,9 @@ function showCompare(main, first, second) {
   entries.map((entry) => el("option", { value: entry.number, selected: entry === chosen }, `${entry.id}${entry.run ? ` (${entry.run})` : ""}`)));
   fill(main, el("h1", {}, "Side by side"), el("div", { class: "picker" }, choice(a, b.number, true), choice(b, a.number, false)));
   const facts = factsOf(a, b);
-  if (facts.length) add(main, [el("h2", {}, "The calls"), table(["!", "first", "second"], facts.map(([what, x, y]) => [what, el("code", {}, x), el("code", {}, y)]))]);
+  const told = (some) => el("div", { class: "pair" }, table(["!", "first", "second"], some.map(([what, x, y]) => [what, el("code", {}, x), el("code", {}, y)])));
+  if (facts.length) add(main, [el("h2", {}, "The calls"), told(facts.slice(0, MOST_FACTS)),
+    facts.length > MOST_FACTS ? el("details", {}, el("summary", { class: "soft" }, `and ${facts.length - MOST_FACTS} more`), told(facts.slice(MOST_FACTS))) : null]);
   const changes = align(a.ops, b.ops);
   if (changes === null) return add(main, [el("h2", {}, "The graphs"), el("p", { class: "soft" }, "They have too little in common to be aligned.")]);
   const differ = changes.some((change) => change.kind !== "equal");
@@ -19,7 +22,7 @@ function showCompare(main, first, second) {
 function factsOf(a, b) {
   const facts = [];
   const note = (what, x, y) => { if (String(x) !== String(y)) facts.push([what, String(x ?? "absent"), String(y ?? "absent")]); };
-  for (const field of ["component", "cls", "backend", "road"]) note(field, a[field], b[field]);
+  for (const [field, said] of [["component", "component"], ["cls", "class"], ["backend", "backend"], ["road", "road of lowering"]]) note(said, a[field], b[field]);
   for (const part of ["key", "modes"]) for (const name of new Set([...Object.keys(a[part]), ...Object.keys(b[part])])) note(name, a[part][name], b[part][name]);
   const rows = [a, b].map((entry) => new Map(entry.arguments.map(([path, dtype, dims]) => [path, `${dtype} [${dims.join(", ")}]`])));
   for (const path of new Set([...rows[0].keys(), ...rows[1].keys()])) note(path, rows[0].get(path), rows[1].get(path));

@@ -10,9 +10,11 @@ function showOverview(main) {
     data.notes.map((note) => el("p", { class: "notice" }, note)),
     el("h2", {}, "Plan"), planTable(plans), [...new Set(plans.flatMap((plan) => plan.notes || []))].map((note) => el("p", { class: "soft" }, note)),
     el("h2", {}, "Graphs"), graphTable());
-  if (data.runs.some((run) => run.events.length)) add(main, [el("h2", {}, "Time line"), data.runs.filter((run) => run.events.length).map((run) => timeline(run))]);
+  if (data.runs.some(happened)) add(main, [el("h2", {}, "Time line"), data.runs.filter(happened).map((run) => timeline(run))]);
   if (data.tlparse) add(main, [el("h2", {}, "More"), el("p", {}, el("a", { href: data.tlparse }, "tlparse's report"), " of the same compilation")]);
 }
+
+const happened = (run) => run.calls.length || run.events.length;
 
 function planTable(plans) {
   const events = data.runs.flatMap((run) => run.events);
@@ -23,14 +25,21 @@ function planTable(plans) {
       if (!rows.some((row) => row.name === entry.component)) rows.push({ name: entry.component, role: role[0], qualname: role.slice(1).join(" "), cls: entry.cls, decision: "compile", reason: "" });
     }
   }
-  return table(["!component", "!class", "decision", "because", "#graphs"], rows.map((row) => {
+  return table(["!component", "!class", "decision", "because", "#graphs", "#runs timed"], rows.map((row) => {
     const name = `${row.role} ${row.qualname}`.trim();
     const mine = entries.filter((entry) => entry.component === name);
     const fell = events.filter((event) => event.component === name && ["fallback", "budget", "sentinel"].includes(event.kind)).pop();
     return [[el("div", {}, row.role), el("code", { class: "soft" }, row.qualname)], el("code", {}, row.cls),
       fell ? chip("runs eager", "warn") : chip(row.decision, row.decision === "compile" ? "good" : ""),
-      [row.reason, fell ? el("p", { class: "soft" }, fell.message, fell.data?.remedy ? ` ${fell.data.remedy}` : "") : row.remedy ? el("p", { class: "soft" }, row.remedy) : null], mine.length ? String(mine.length) : ""];
+      [row.reason, fell ? el("p", { class: "soft" }, fell.message, fell.data?.remedy ? ` ${fell.data.remedy}` : "") : row.remedy ? el("p", { class: "soft" }, row.remedy) : null], mine.length ? String(mine.length) : "", callsSaid(name)];
   }));
+}
+
+function callsSaid(component) {
+  const timed = data.runs.map((run) => run.timed[component]).filter(Boolean);
+  if (!timed.length) return "";
+  const [calls, middle] = timed[timed.length - 1];
+  return [calls.toLocaleString("en"), el("div", { class: "soft" }, `median ${seconds(middle)}`)];
 }
 
 function graphTable() {
@@ -47,17 +56,26 @@ const kindOf = (event) => KINDS.find(([, , pattern]) => pattern.test(event.kind)
 function showEvents(main) {
   fill(main, el("h1", {}, "Events"), el("p", { class: "soft" }, "What happened, in order, each with its reason."));
   for (const run of data.runs) {
-    if (!run.events.length) continue;
-    const start = Math.min(...run.events.map(began));
-    add(main, [el("h2", {}, run.name), timeline(run), el("h3", {}, "One by one"), table(["#at", "event", "!component", "what and why"], run.events.map((event) => {
+    if (!happened(run)) continue;
+    const start = firstMoment(run);
+    add(main, [el("h2", {}, `Run ${run.name}`), timeline(run), afterCompiles(run), el("h3", {}, "One by one"), table(["#at", "event", "!component", "what and why"], run.events.map((event) => {
       const kind = kindOf(event);
       return [`${(event.time - start).toFixed(2)} s`, chip(event.kind, kind === "bad" ? "warn" : kind === "compile" ? "accent" : kind === "other" ? "" : "good"), el("code", {}, event.component || "model"), [event.message, details(event)]];
     }))]);
   }
-  if (!data.runs.some((run) => run.events.length)) add(main, [el("p", {}, "The dump has no events.")]);
+  if (!data.runs.some(happened)) add(main, [el("p", {}, "The dump has no events.")]);
+}
+
+// Calls are short beside compiles: those after the last one get a time line of their own.
+function afterCompiles(run) {
+  const last = Math.max(...run.events.filter((event) => kindOf(event) === "compile").map((event) => event.time));
+  const calls = run.calls.filter(([, , time, took]) => time - took >= last);
+  return calls.length > 1 && Number.isFinite(last) ? [el("h3", {}, "After the last compile"), timeline({ ...run, calls, events: run.events.filter((event) => event.time > last) })] : null;
 }
 
 const began = (event) => event.time - (typeof event.data?.seconds === "number" ? event.data.seconds : 0);
+
+const firstMoment = (run) => Math.min(...run.events.map(began), ...run.calls.map(([, , time, took]) => time - took));
 
 function details(event) {
   const rest = Object.entries(event.data || {}).filter(([name, value]) => value !== "" && !["seconds", "reason", "difference"].includes(name) && !String(event.message).includes(String(value)));
@@ -66,11 +84,13 @@ function details(event) {
 }
 
 function timeline(run) {
-  const events = run.events.filter((event) => event.kind !== "compile_start");
+  const calls = run.calls.map(([component, entry, time, took]) => ({ kind: "call", component, message: `${lastPart(entry)}, ${seconds(took)}`, time, data: { seconds: took } }));
+  const events = [...calls, ...run.events.filter((event) => !["compile_start", "attached", "removed"].includes(event.kind))];
   const names = [...new Set(events.map((event) => event.component || "model"))];
   const long = names.filter((name) => !names.some((other) => other !== name && other.startsWith(`${name} `)));
   const laneOf = (name) => Math.max(long.findIndex((other) => other === name || other.startsWith(`${name} `)), 0);
-  const start = Math.min(...events.map(began));
+  if (!events.length) return null;
+  const start = firstMoment(run);
   const end = Math.max(...events.map((event) => event.time), start + 1e-3);
   const [left, width, lane] = [240, 760, 34];
   const x = (t) => left + (t - start) / (end - start) * (width - 12);
