@@ -122,18 +122,20 @@ def build_entry(
 def difference(entry: Entry, call: Call) -> str:
     """What in ``call`` another entry was needed for."""
     mine = entry.call
-    for (name, spec), other in zip(mine.spec, call.spec, strict=False):
-        if (name, spec) != other:
-            return f"argument {other[0]} is {_brief(other[1])}, was {name} {_brief(spec)}"
-    if len(mine.spec) != len(call.spec):
-        return f"{len(call.spec)} arguments, were {len(mine.spec)}"
-    for path, was, now in zip(call.paths, mine.key[1], call.key[1], strict=False):
+    old, new = dict(mine.spec), dict(call.spec)
+    for name in {**old, **new}:
+        was, now = old.get(name), new.get(name)
         if was != now:
-            return f"{path}: {_describe_metadata(now)}, was {_describe_metadata(was)}"
+            return f"argument {name} is {_brief(now)}, was {_brief(was)}"
+    for path, before, after in zip(call.paths, mine.key[1], call.key[1], strict=False):
+        if before != after:
+            return f"{path}: {_describe_metadata(after)}, was {_describe_metadata(before)}"
     return "sizes: " + "; ".join(entry.graph.accepts.failing(call.leaves)[:3])
 
 
 def _brief(spec: Any) -> str:
+    if spec is None:
+        return "not given"
     if spec[0] == "const":
         return repr(spec[2])
     return f"{spec[1].__name__} {spec[2]}" if spec[0] == "adapted" else f"a {spec[0]}"
