@@ -19,7 +19,7 @@ import compile_policy as cp
 from compile_policy.call_key import Leaves, adapter_for
 from compile_policy.errors import NotCompilable
 from compile_policy_transformers import attention, caches
-from compile_policy_transformers.decoder import _arranged
+from compile_policy_transformers.cache_masks import arranged, sliding_mask
 from compile_policy_transformers.tiny import tiny_config, tiny_inputs, tiny_model
 
 KINDS = ("dynamic", "static")
@@ -96,7 +96,7 @@ def test_layers_step_by_step(kind: str, size: int | str) -> None:
     for step in _chunks(size):
         masks = _masks(config, stock, 2, step)
         arranged = {
-            k: _arranged(m, mine, sliding=k == "sliding_attention") for k, m in _masks(config, mine, 2, step).items()
+            k: arranged(m, mine, sliding=k == "sliding_attention") for k, m in _masks(config, mine, 2, step).items()
         }
         states = [torch.randn(2, 2, step, 4, generator=generator) for _ in config.layer_types]
         seen = _update_by_policy(mine, states)
@@ -112,7 +112,7 @@ def test_float_sliding_mask() -> None:
     """An additive mask is rearranged like a boolean one, with the lowest number where a boolean has False."""
     lowest = torch.finfo(torch.float32).min
     mask = torch.zeros(1, 1, 2, 9)
-    filling, full = caches.sliding_mask(mask, 8, 3), caches.sliding_mask(mask, 8, 8)
+    filling, full = sliding_mask(mask, 8, 3), sliding_mask(mask, 8, 8)
     assert filling.shape == full.shape == (1, 1, 2, 10)
     assert filling[0, 0, 0].tolist() == [0.0] * 3 + [lowest] * 5 + [0.0] * 2
     assert full[0, 0, 0].tolist() == [lowest] + [0.0] * 9

@@ -24,6 +24,7 @@ from transformers.cache_utils import (
 
 from compile_policy.adapters import Leaves, register_adapter
 from compile_policy.errors import NotCompilable
+from compile_policy_transformers.cache_twins import rebuild_layer, slots_to_keep, states_to_keep
 
 #: Labels of the dims that vary. A full dynamic layer and a sliding one hold different lengths.
 PAST, SLIDING_PAST, SLIDING_KEPT = "past", "sliding_past", "sliding_kept"
@@ -46,82 +47,6 @@ class CacheCall:
 
     cache: Cache
     query_length: int
-
-
-class _TracedDynamic(DynamicLayer):
-    """`DynamicLayer` that does not ask whether it is empty."""
-
-    def get_seq_length(self) -> int:
-        assert self.keys is not None
-        return self.keys.shape[-2]
-
-
-class _TracedSliding(DynamicLayer):
-    """`DynamicSlidingWindowLayer` and `StaticSlidingWindowLayer` without their Python branches.
-
-    Attention sees all that is held followed by the new states. ``select`` says which of both stay: an index chosen
-    outside the graph (`states_to_keep`, `slots_to_keep`), so that one graph serves a layer that is filling up,
-    overflowing or full.
-    """
-
-    is_sliding = True
-    keys: torch.Tensor
-    values: torch.Tensor
-    in_place: bool
-    select: torch.Tensor
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        full_keys = torch.cat([self.keys, key_states], dim=-2)
-        full_values = torch.cat([self.values, value_states], dim=-2)
-        keys, values = full_keys.index_select(2, self.select), full_values.index_select(2, self.select)
-        if self.in_place:
-            self.keys.copy_(keys)
-            self.values.copy_(values)
-        else:
-            self.keys, self.values = keys, values
-        return full_keys, full_values
-
-    def get_seq_length(self) -> int:
-        raise NotCompilable("the decoder asks a sliding layer for its length inside the graph")
-
-
-def states_to_keep(window: int, held: int, new: int, device: torch.device) -> torch.Tensor:
-    """Index into (held | new states) of what a sliding dynamic layer holds after this call: the last window - 1."""
-    return torch.arange(max(held + new - window + 1, 0), held + new, device=device)
-
-
-def slots_to_keep(slots: int, seen: int, new: int, device: torch.device) -> torch.Tensor:
-    """Index into (slots | new states) of what a sliding static layer holds after this call.
-
-    Args:
-        slots: size of the layer, ``seen``: tokens before this call, ``new``: tokens of this call.
-    """
-    if seen + new <= slots:  # still filling up: new states go behind the old ones
-        order = [*range(seen), *range(slots, slots + new), *range(seen + new, slots)]
-    else:
-        held = list(range(min(seen, slots)))
-        order = (held + list(range(slots, slots + new)))[-slots:]
-    return torch.tensor(order, device=device)
-
-
-def sliding_mask(mask: torch.Tensor, slots: int, seen: int) -> torch.Tensor:
-    """A mask made for the stock layer, rearranged for `_TracedSliding`.
-
-    Args:
-        mask: (batch, 1, new, keys) as Transformers builds it: one column per slot while the layer is filling up, one
-            per kept and new state afterwards.
-
-    Returns:
-        (batch, 1, new, slots + new).
-    """
-    new = mask.shape[2]
-    closed = False if mask.dtype is torch.bool else torch.finfo(mask.dtype).min
-    if seen >= slots:  # full: the oldest slot has left the window
-        return torch.nn.functional.pad(mask, (1, 0), value=closed)
-    kept, fresh = mask[..., :seen], mask[..., seen : seen + new]
-    return torch.cat([torch.nn.functional.pad(kept, (0, slots - seen), value=closed), fresh], dim=-1)
 
 
 def initialise(cache: Cache, shapes: Sequence[LayerShape | None], batch: int, device: torch.device) -> None:
@@ -230,7 +155,7 @@ class _CacheAdapter:
     def rebuild(self, spec: Any, leaves: Iterator[torch.Tensor]) -> Cache:
         cls, layer_specs, n_selects = spec
         cache: Any = object.__new__(cls)
-        cache.layers = [_rebuild_layer(s, leaves) for s in layer_specs]
+        cache.layers = [rebuild_layer(s, leaves) for s in layer_specs]
         cache.layer_class_to_replicate = None
         cache.offloading = False
         selects = [next(leaves) for _ in range(n_selects)]
@@ -265,28 +190,6 @@ class _CacheAdapter:
 
     def public(self, value: CacheCall) -> Cache:
         return value.cache
-
-
-def _rebuild_layer(spec: tuple[Any, ...], leaves: Iterator[torch.Tensor]) -> Any:
-    kind = spec[0]
-    if kind == "dummy":
-        return DummyLayer()
-    cls: type = {
-        "dynamic": _TracedDynamic,
-        "sliding": _TracedSliding,
-        "static": StaticLayer,
-        "static_sliding": _TracedSliding,
-    }[kind]
-    layer: Any = object.__new__(cls)
-    layer.keys, layer.values = next(leaves), next(leaves)
-    layer.is_initialized = True
-    layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
-    if kind in ("sliding", "static_sliding"):
-        layer.in_place = kind == "static_sliding"
-    elif kind == "static":
-        layer.cumulative_length = next(leaves)
-        layer.max_cache_len = layer.keys.shape[2]
-    return layer
 
 
 def _zero(sizes: Mapping[str, int], shape: Sequence[int]) -> torch.Tensor:

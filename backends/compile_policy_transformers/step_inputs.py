@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from compile_policy import compat
 from compile_policy.call_key import CONSTANTS, Call
-from compile_policy_transformers.caches import states_to_keep
+from compile_policy_transformers.cache_twins import states_to_keep
 from compile_policy_transformers.step_cache import StepCache
 
 #: Makes a leaf from the call's arguments and the leaves before it; ``None`` where the ordinary road has to.

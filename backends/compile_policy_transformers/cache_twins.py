@@ -1,0 +1,91 @@
+"""Cache layers inside a trace: twins of Transformers' layers without Python branches on how full they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers.cache_utils import DummyLayer, DynamicLayer, StaticLayer
+
+from compile_policy.errors import NotCompilable
+
+
+class TracedDynamic(DynamicLayer):
+    """`DynamicLayer` that does not ask whether it is empty."""
+
+    def get_seq_length(self) -> int:
+        assert self.keys is not None
+        return self.keys.shape[-2]
+
+
+class TracedSliding(DynamicLayer):
+    """`DynamicSlidingWindowLayer` and `StaticSlidingWindowLayer` without their Python branches.
+
+    Attention sees all that is held followed by the new states. ``select`` says which of both stay: an index chosen
+    outside the graph (`states_to_keep`, `slots_to_keep`), so that one graph serves a layer that is filling up,
+    overflowing or full.
+    """
+
+    is_sliding = True
+    keys: torch.Tensor
+    values: torch.Tensor
+    in_place: bool
+    select: torch.Tensor
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        full_keys = torch.cat([self.keys, key_states], dim=-2)
+        full_values = torch.cat([self.values, value_states], dim=-2)
+        keys, values = full_keys.index_select(2, self.select), full_values.index_select(2, self.select)
+        if self.in_place:
+            self.keys.copy_(keys)
+            self.values.copy_(values)
+        else:
+            self.keys, self.values = keys, values
+        return full_keys, full_values
+
+    def get_seq_length(self) -> int:
+        raise NotCompilable("the decoder asks a sliding layer for its length inside the graph")
+
+
+def states_to_keep(window: int, held: int, new: int, device: torch.device) -> torch.Tensor:
+    """Index into (held | new states) of what a sliding dynamic layer holds after this call: the last window - 1."""
+    return torch.arange(max(held + new - window + 1, 0), held + new, device=device)
+
+
+def slots_to_keep(slots: int, seen: int, new: int, device: torch.device) -> torch.Tensor:
+    """Index into (slots | new states) of what a sliding static layer holds after this call.
+
+    Args:
+        slots: size of the layer, ``seen``: tokens before this call, ``new``: tokens of this call.
+    """
+    if seen + new <= slots:  # still filling up: new states go behind the old ones
+        order = [*range(seen), *range(slots, slots + new), *range(seen + new, slots)]
+    else:
+        held = list(range(min(seen, slots)))
+        order = (held + list(range(slots, slots + new)))[-slots:]
+    return torch.tensor(order, device=device)
+
+
+def rebuild_layer(spec: tuple[Any, ...], leaves: Iterator[torch.Tensor]) -> Any:
+    kind = spec[0]
+    if kind == "dummy":
+        return DummyLayer()
+    cls: type = {
+        "dynamic": TracedDynamic,
+        "sliding": TracedSliding,
+        "static": StaticLayer,
+        "static_sliding": TracedSliding,
+    }[kind]
+    layer: Any = object.__new__(cls)
+    layer.keys, layer.values = next(leaves), next(leaves)
+    layer.is_initialized = True
+    layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
+    if kind in ("sliding", "static_sliding"):
+        layer.in_place = kind == "static_sliding"
+    elif kind == "static":
+        layer.cumulative_length = next(leaves)
+        layer.max_cache_len = layer.keys.shape[2]
+    return layer

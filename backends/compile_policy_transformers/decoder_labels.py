@@ -1,0 +1,51 @@
+"""Which dims of a decoder's arguments are what: the labels of a call."""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import Cache, StaticLayer
+
+from compile_policy.shapes import Labels
+from compile_policy_transformers import caches
+from compile_policy_transformers.cache_masks import SLIDING, all_sliding
+
+
+class DecoderLabels:
+    """Labels of a decoder's tensor arguments: by name where the name says it, else by size."""
+
+    def __init__(self, batch: int, length: int, cache: Cache | None) -> None:
+        self.batch, self.length = batch, length
+        self.cached = cache is not None
+        layers = cache.layers if cache is not None else []
+        self.static = any(isinstance(layer, StaticLayer) for layer in layers)
+        self.has_sliding = any(getattr(layer, "is_sliding", False) for layer in layers)
+        self.all_sliding = all_sliding(cache)
+
+    def __call__(self, path: str, tensor: torch.Tensor) -> Labels:
+        name = path.split("[")[0]
+        if name == "attention_mask" and tensor.dim() == 4:
+            heads = None if tensor.shape[1] == 1 else "mask_heads"
+            return ("batch", heads, "sequence", self._keys(path))
+        if name == "position_ids":
+            return (*(None,) * (tensor.dim() - 2), "batch", "sequence")
+        if name == "deepstack_visual_embeds":
+            return ("visual_tokens", *(None,) * (tensor.dim() - 1))
+        return self._by_size(tensor)
+
+    def _keys(self, path: str) -> str:
+        sliding = any(f"'{kind}'" in path for kind in SLIDING) or (self.all_sliding and path == "attention_mask")
+        if not self.cached:
+            return "sequence"
+        if sliding and self.has_sliding:
+            return f"{caches.SLIDING_SLOTS}+sequence" if self.static else f"{caches.SLIDING_PAST}+sequence"
+        return caches.SLOTS if self.static else f"{caches.PAST}+sequence"
+
+    def _by_size(self, tensor: torch.Tensor) -> Labels:
+        labels: list[str | None] = [None] * tensor.dim()
+        if tensor.dim() >= 2 and tensor.shape[0] == self.batch:
+            labels[0] = "batch"
+        if tensor.dim() >= 2 and tensor.shape[1] == self.length:
+            labels[1] = "sequence"
+        if tensor.dim() == 1 and tensor.shape[0] == self.length:
+            labels[0] = "sequence"
+        return tuple(labels)
