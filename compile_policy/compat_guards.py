@@ -3,8 +3,9 @@
 A *place* says where a guarded object stands: a root and the steps from there, each a tuple of plain values.
 
 - roots: ``("local", name)``, ``("global", name)``, ``("process",)`` for settings of torch;
-- steps: ``("attr", name)``, ``("item", key)``, ``("key", i)`` for the i-th key of a dict, ``("item at", i)`` for the item
-  under that key, ``("type",)``, ``("mro",)``, ``("class dict",)``, ``("weak",)`` for what a weak reference points to;
+- steps: ``("attr", name)``, ``("item", key)``, ``("key", i)`` for the i-th key of a dict, ``("item at", i)`` for
+  the item under that key, ``("type",)``, ``("mro",)``, ``("class dict",)``, ``("weak",)`` for what a weak reference
+  points to;
 - ``("unknown", name of the source's class)`` where this module has no word for it.
 """
 
@@ -136,7 +137,7 @@ def is_immutable_type(cls: type) -> bool:
 
 
 def process_settings() -> tuple[Any, ...]:
-    """Settings that Dynamo's guard on the global state has and `compat.modes` has not: none changes within a sequence."""
+    """Settings that Dynamo's guard on the global state has and `compat.modes` has not."""
     return (
         torch._C._get_cublas_allow_tf32(),
         torch._C._get_cublas_allow_fp16_reduced_precision_reduction(),

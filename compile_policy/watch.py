@@ -2,13 +2,14 @@
 
 torch calls a hook whenever a sub-module, a parameter or a buffer is registered with a module: ``add_module``,
 ``register_parameter``, ``register_buffer``, and an assignment such as ``block.linear = LoraLinear(...)`` or
-``layers[0] = ...``. While a region is attached, one hook of each kind is installed; it raises `structure_epoch` when the
-module belongs to an attached region, and does nothing for any other. A fingerprint that finds the epoch raised looks at
-its module again, in the middle of a sequence too.
+``layers[0] = ...``. While a region is attached, one hook of each kind is installed; it raises `structure_epoch` when
+the module belongs to an attached region, and does nothing for any other. A fingerprint that finds the epoch raised
+looks at its module again, in the middle of a sequence too.
 
 Torch has no such hook for the rest, which is seen where a sequence starts: forward hooks put on sub-modules or taken
 off, ``requires_grad_``, ``train()`` of a part, plain attributes and configuration values, adapters switched or merged
-(plain attributes too), ``del module.part``, ``parameter.data = ...``, and changes made in ``_modules`` directly.
+(plain attributes too), ``module.bias = None``, ``del module.part``, ``parameter.data = ...``, and changes made in
+``_modules`` directly.
 """
 
 from __future__ import annotations
