@@ -43,11 +43,22 @@ const lastPart = (path) => path.slice(path.lastIndexOf("/") + 1);
 const chip = (text, kind) => el("span", { class: `chip ${kind || ""}` }, text);
 const fact = (number, said) => el("div", { class: "fact" }, el("b", {}, number), el("span", {}, said));
 
+// Rows that differ in numbers only become one, with how many they are: [row, count].
+function foldRows(rows) {
+  const found = new Map();
+  for (const row of rows) {
+    const key = JSON.stringify(row).replace(/\[\d+\]|\.\d+(?=\.)/g, "#");
+    if (found.has(key)) found.get(key)[1] += 1;
+    else found.set(key, [row, 1]);
+  }
+  return [...found.values()];
+}
+
 // A head that begins with # is of numbers, with ! of what must not be broken.
 const styleOf = (head) => head.startsWith("#") ? "num" : head.startsWith("!") ? "keep" : undefined;
 
 function table(heads, rows) {
   return el("div", { class: "scroll" }, el("table", {},
     el("thead", {}, el("tr", {}, heads.map((head) => el("th", { class: styleOf(head) }, head.replace(/^[#!]/, ""))))),
-    el("tbody", {}, rows.map((row) => el("tr", {}, row.map((cell, i) => el("td", { class: styleOf(heads[i]) }, cell)))))));
+    el("tbody", {}, rows.map((row) => el("tr", {}, row.map((cell, i) => el("td", { class: styleOf(heads[i]), "data-head": heads[i].replace(/^[#!]/, "") }, cell)))))));
 }

@@ -26,7 +26,7 @@ function factsOf(a, b) {
   for (const part of ["key", "modes"]) for (const name of new Set([...Object.keys(a[part]), ...Object.keys(b[part])])) note(name, a[part][name], b[part][name]);
   const rows = [a, b].map((entry) => new Map(entry.arguments.map(([path, dtype, dims]) => [path, `${dtype} [${dims.join(", ")}]`])));
   for (const path of new Set([...rows[0].keys(), ...rows[1].keys()])) note(path, rows[0].get(path), rows[1].get(path));
-  return facts;
+  return foldRows(facts).map(([[what, x, y], times]) => [times > 1 ? `${what} (× ${times})` : what, x, y]);
 }
 
 const alike = (op) => [op.op, op.module, op.source[0], op.source[3], op.type.replace(/[a-z_]\w*(\.\d+)?/g, "*")].join("\n");

@@ -93,7 +93,7 @@ function commonModule(modules) {
 }
 
 function inputsView(entry) {
-  const dims = entry.arguments.map(([path, dtype, dims, example]) => [el("code", {}, path), dtype,
+  const dims = foldRows(entry.arguments).map(([[path, dtype, dims, example], times]) => [[el("code", {}, path), " ", times > 1 ? el("span", { class: "fold", title: "and the same of the other blocks" }, `× ${times}`) : null], dtype,
     el("code", {}, `[${dims.join(", ")}]`), el("code", { class: "soft" }, example.length ? `[${example.join(", ")}]` : "")]);
   const facts = [...Object.entries(entry.key).map(([k, v]) => [el("code", {}, k), v]), ...Object.entries(entry.modes).map(([k, v]) => [k, v])];
   return [el("h2", {}, "Arguments"), el("p", { class: "soft" }, "A dim is the label under which it varies, or the one size that the entry is for."),

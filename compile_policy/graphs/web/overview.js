@@ -50,7 +50,7 @@ function graphTable() {
   }));
 }
 
-const KINDS = [["compile", "compile", /^compile_end$/], ["hit", "from the cache", /cache|load/], ["call", "call", /^call/], ["bad", "eager, or a problem", /fallback|budget|sentinel|skipped|failed|eager/], ["other", "something else", /./]];
+const KINDS = [["compile", "compile", /^compile_end$/], ["hit", "loaded from the store", /cache|load/], ["call", "call", /^call/], ["bad", "eager, or a problem", /fallback|budget|sentinel|skipped|failed|eager/], ["other", "something else", /./]];
 const kindOf = (event) => KINDS.find(([, , pattern]) => pattern.test(event.kind))[0];
 
 function showEvents(main) {
