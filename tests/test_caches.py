@@ -95,7 +95,7 @@ def test_layers_step_by_step(kind: str, size: int | str) -> None:
     assert not caches.needs_initialisation(mine)
     for step in _chunks(size):
         masks = _masks(config, stock, 2, step)
-        arranged = {
+        fitting = {
             k: arranged(m, mine, sliding=k == "sliding_attention") for k, m in _masks(config, mine, 2, step).items()
         }
         states = [torch.randn(2, 2, step, 4, generator=generator) for _ in config.layer_types]
@@ -103,7 +103,7 @@ def test_layers_step_by_step(kind: str, size: int | str) -> None:
         for i, (layer_type, new) in enumerate(zip(config.layer_types, states, strict=True)):
             keys, values = stock.layers[i].update(new, -new)
             for got, want in ((seen[i][0], keys), (seen[i][1], values)):
-                pairs = zip(_visible(got, arranged[layer_type]), _visible(want, masks[layer_type]), strict=True)
+                pairs = zip(_visible(got, fitting[layer_type]), _visible(want, masks[layer_type]), strict=True)
                 assert all(torch.equal(a, b) for a, b in pairs)
         _assert_equal_layers(mine, stock)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from compile_policy.outputs import register_constructor
 
@@ -23,7 +23,7 @@ def constructor(cls: type[ModelOutput], names: Sequence[str]) -> Callable[[list[
     """
     if any(getattr(cls, way) is not getattr(ModelOutput, way) for way in _OWN_WAYS):
         return None
-    blank: dict[str, Any] = {field.name: None for field in fields(cls)}
+    blank: dict[str, Any] = {field.name: None for field in fields(cast(Any, cls))}
     new, hold = OrderedDict.__new__, OrderedDict.__setitem__
 
     def make(parts: list[Any]) -> ModelOutput:

@@ -153,7 +153,9 @@ def _mask(given: Any, number: int, leaf: torch.Tensor, call: Call, held: StepCac
         layer = full if full is not None else held.first(DynamicSlidingWindowLayer)
     if layer is None or not (given is None or given.dim() == 2):
         return None
-    return _row(layer, full, leaf, held)
+    # Whatever else the ordinary road put into this mask would be missing in the next one.
+    same = leaf.shape[1:3] == (1, 1) and torch.equal(_row(given, leaf.shape[0], leaf.shape[3], leaf.device), leaf)
+    return _rows(layer, full, leaf, held) if same else None
 
 
 def _prepared(name: str, names: frozenset[str]) -> Make:
@@ -164,24 +166,29 @@ def _prepared(name: str, names: frozenset[str]) -> Make:
     return prepared
 
 
-def _row(layer: int, full: int | None, leaf: torch.Tensor, held: StepCache) -> Make:
-    """(batch, 1, 1, held + 1): which of the held states and the new one count.
-
-    A single token sees all that its cache holds, so its row of a causal or sliding mask is the padding mask.
-    """
+def _rows(layer: int, full: int | None, leaf: torch.Tensor, held: StepCache) -> Make:
     batch, device = leaf.shape[0], leaf.device
 
     def row(kwargs: dict[str, Any], leaves: list[torch.Tensor]) -> torch.Tensor | None:
         padding = kwargs.get("attention_mask")
-        states = held.states(layer) + 1
-        if padding is None:
-            return torch.ones((batch, 1, 1, states), dtype=torch.bool, device=device)
-        width = padding.shape[1]
-        if full is not None and width != (states if full == layer else held.states(full) + 1):
-            return None
-        counts: torch.Tensor = padding.to(torch.bool)
-        if width != states:
-            counts = counts[:, -states:]
-        return counts.view(batch, 1, 1, -1).contiguous()
+        states = held.states(layer)
+        if padding is not None and full is not None:
+            seen = states if full == layer else held.states(full)
+            if padding.shape[1] != seen + 1:
+                return None
+        return _row(padding, batch, states + 1, device)
 
     return row
+
+
+def _row(padding: torch.Tensor | None, batch: int, states: int, device: torch.device) -> torch.Tensor:
+    """(batch, 1, 1, states): which of the held states and the new one count.
+
+    A single token sees all that its cache holds, so its row of a causal or sliding mask is the padding mask.
+    """
+    if padding is None:
+        return torch.ones((batch, 1, 1, states), dtype=torch.bool, device=device)
+    counts = padding.to(torch.bool)
+    if counts.shape[1] != states:
+        counts = counts[:, -states:]
+    return counts.view(batch, 1, 1, -1).contiguous()
