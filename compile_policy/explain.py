@@ -160,12 +160,18 @@ def _reported(
     model: torch.nn.Module, reported: Sequence[ComponentReport]
 ) -> tuple[bool, tuple[ComponentExplained, ...], tuple[str, ...]]:
     rows = []
+    free = {name: region for name, module in model.named_modules() if (region := region_of(module)) is not None}
     for row in reported:
-        module = model.get_submodule(row.qualname)
         known = {name: value for name, value in asdict(row).items() if name in _FIELDS}
-        region = region_of(module) if row.decision == "compile" else None
-        rows.append(ComponentExplained(**known, **(_about(model, region) if region is not None else {})))
+        if row.decision == "compile":  # a decorated module's region does not know where it stands
+            place = row.qualname if row.qualname in free else _place(row, free)
+            known |= {"qualname": place, **_about(model, free.pop(place))}
+        rows.append(ComponentExplained(**known))
     return any(row.calls for row in reported), *_with_facts(model, rows)
+
+
+def _place(row: ComponentReport, free: Mapping[str, Region]) -> str:
+    return next(name for name, region in free.items() if region.report() == row)
 
 
 def _planned(model: torch.nn.Module, component: Component) -> ComponentExplained:

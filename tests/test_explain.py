@@ -140,8 +140,8 @@ def test_what_needs_another_graph_does() -> None:
     assert region.graphs == len(found.entries) == 6
     because = [entry.because for entry in found.entries]
     assert because[0] == "" and "static sizes ['*', 5]" in because[1] and "float64" in because[2]
-    assert because[3] == "2 arguments, were 1" and because[4] == "grad mode is True, was False"
-    assert because[5] == "parameter or buffer of the component changed"
+    assert because[3] == "argument k is 3, was not given" and because[4] == "grad mode is True, was False"
+    assert because[5] == "parameter or buffer 'weight' of the component is another tensor"
     assert found.entries[3].key["arguments"] == {"k": "3"} and found.entries[4].key["modes"]["grad mode"] is True
 
 
