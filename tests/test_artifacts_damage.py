@@ -224,6 +224,15 @@ def test_a_manifest_with_nonsense_in_it(store: Store, change: Callable[[dict[str
     assert reason(store) == "manifest"
 
 
+def test_a_name_twice_anywhere(store: Store) -> None:
+    """Two values of one name could be read differently by two readers."""
+    text = place(store, MANIFEST).read_bytes()
+    twice = text.replace(b'"meta":{', b'"meta":{"component":"head",')
+    assert twice != text
+    write_manifest(store, twice)
+    assert reason(store) == "manifest"
+
+
 def test_factors_and_key_belong_together(store: Store) -> None:
     """A manifest that names one key and describes another is none."""
     forge(store, lambda m: m["factors"].update(torch="2.14.0"))

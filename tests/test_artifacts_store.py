@@ -284,7 +284,7 @@ def test_threads(tmp_path: Path) -> None:
 
 
 def test_removed_while_it_is_read(tmp_path: Path) -> None:
-    """A reader beside a process that removes and saves again gets a good artifact or none, and sets nothing aside."""
+    """A reader beside a process that removes and saves again gets a good artifact or none."""
     Store(tmp_path).save(KEY, FILES, {})
 
     def churn() -> bool:
