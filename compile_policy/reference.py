@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compile_policy import compat
 from compile_policy.call_key import CONSTANTS, Call, adapted, collect_state, rebuild
@@ -19,6 +20,8 @@ from compile_policy.fingerprint import difference, fingerprint
 #: Largest error of a compiled entry against eager on the example, relative to the largest value of the tensor.
 #: Fusion keeps intermediates in higher precision than eager does, so low precisions get room for a few roundings.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+_DENSE = (torch.nn.Parameter, torch.Tensor)
 
 #: Room for weights of few bits: activations are rounded to as few steps, and the last digit decides which way.
 QUANTIZED = 5e-2
@@ -35,6 +38,26 @@ def tolerances(module: torch.nn.Module, table: Mapping[torch.dtype, float] = TOL
 
 class ChangesItself(NotCompilable):
     """Every call changes the component's Python state, which a graph would not do."""
+
+
+class ChangesWeights(TorchDispatchMode):
+    """Inside the block, a write into one of the component's parameters is refused before it happens.
+
+    A trial run must not change what the user trained: PEFT, for one, takes merged adapters out of the weights in the
+    forward that finds them disabled. Buffers may be written; they are given back afterwards.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self._weights = {compat.storage_of(p): name for name, p in module.named_parameters() if type(p) in _DENSE}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if compat.mutates(op):
+            for tensor in pytree.tree_leaves((args, kwargs))[:1]:  # what is written comes first, by torch's convention
+                name = self._weights.get(compat.storage_of(tensor)) if isinstance(tensor, torch.Tensor) else None
+                if name is not None:
+                    raise NotCompilable(f"its forward writes into the parameter {name}")
+        return op(*args, **(kwargs or {}))
 
 
 class Reference:
@@ -86,7 +109,8 @@ class Reference:
     def _run(self, leaves: Sequence[torch.Tensor]) -> tuple[dict[str, Any], Any]:
         it = iter(leaves)
         values = {name: rebuild(spec, it) for name, spec in self.call.spec}
-        return values, self.module.forward(**values)
+        with ChangesWeights(self.module):
+            return values, self.module.forward(**values)
 
     def traceable(self) -> Callable[..., tuple[torch.Tensor, ...]]:
         """The same run as a function of tensors that returns a flat tuple of tensors."""

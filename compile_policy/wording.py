@@ -14,19 +14,18 @@ _ABSENT = ("absent",)
 _TENSOR = ("", "object", "class", "dtype", "device", "shape", "strides", "requires_grad")
 
 
-def change(name: str, was: Any, now: Any) -> str:
-    """``name is <now>, was <was>``, for the deepest place below ``name`` in which two stand-ins differ."""
+def change(name: str, was: Any, now: Any, of: str = "") -> str:
+    """``'name' of is <now>, was <was>``, for the deepest place below ``name`` in which two stand-ins differ."""
     path, was, now = _deepest(was, now)
     before, after = described(was), described(now)
     if before == after:
         after = f"another {after}"
-    return f"{name}{path} is {after}, was {before}"
+    return f"{f'{name}{path}'!r}{of} is {after}, was {before}"
 
 
 def attribute_change(was: tuple[tuple[str, Any], ...], now: tuple[tuple[str, Any], ...], name: str, where: str) -> str:
     """The attribute ``name`` of a module in two looks at it."""
-    old, new = dict(was).get(name, _ABSENT), dict(now).get(name, _ABSENT)
-    return change(f"attribute {name!r} of {where}", old, new)
+    return "attribute " + change(name, dict(was).get(name, _ABSENT), dict(now).get(name, _ABSENT), f" of {where}")
 
 
 def class_change(was: tuple[Any, ...], now: tuple[Any, ...], where: str) -> str:
@@ -35,7 +34,7 @@ def class_change(was: tuple[Any, ...], now: tuple[Any, ...], where: str) -> str:
         return f"class of {where} is {_class_name(now[0])}, was {_class_name(was[0])}"
     for (name, old), (_, new) in zip(was[1], now[1], strict=False):
         if old != new:
-            return change(f"class attribute {name!r} of {where}", old, new)
+            return "class attribute " + change(name, old, new, f" of {where}")
     return f"class attributes of {where}: {len(now[1])}, were {len(was[1])}"
 
 

@@ -72,25 +72,28 @@ def _tie_other_buffer(m: Model) -> None:
 CHANGES: dict[str, tuple[Callable[[Model], Any], str]] = {
     "hook": (lambda m: m.block.register_forward_hook(_double), "hooks of block"),
     "pre-hook": (lambda m: m.block.register_forward_pre_hook(lambda b, a: (a[0] + 1,)), "hooks of block"),
-    "number": (lambda m: setattr(m.block, "eps", 3.0), "attribute 'eps' of block"),
+    "number": (lambda m: setattr(m.block, "eps", 3.0), "attribute 'eps' of block is 3.0, was 0.5"),
     "negative zero": (lambda m: setattr(m.block, "eps", 0.0) or setattr(m.block, "eps", -7.0), "attribute 'eps'"),
     "activation": (lambda m: setattr(m.block, "act", torch.sigmoid), "attribute 'act' of block"),
-    "configuration": (lambda m: setattr(m.block.config, "scale", -4.0), "attribute 'config' of block"),
-    "nested configuration": (lambda m: setattr(m.block.config.nested, "shift", 5.0), "attribute 'config' of block"),
-    "list": (lambda m: m.block.weights.__setitem__(0, 7.0), "attribute 'weights' of block"),
-    "dict": (lambda m: m.block.table.__setitem__("a", 7.0), "attribute 'table' of block"),
+    "configuration": (lambda m: setattr(m.block.config, "scale", -4.0), "'config.scale' of block is -4.0, was 2.0"),
+    "nested configuration": (
+        lambda m: setattr(m.block.config.nested, "shift", 5.0),
+        "'config.nested.shift' of block is 5.0, was 1.0",
+    ),
+    "list": (lambda m: m.block.weights.__setitem__(0, 7.0), "attribute 'weights[0]' of block is 7.0, was 1.0"),
+    "dict": (lambda m: m.block.table.__setitem__("a", 7.0), "attribute \"table['a']\" of block is 7.0, was 3.0"),
     "forward of an instance": (lambda m: setattr(m.block, "forward", lambda x: x * 0), "attribute 'forward' of block"),
     "method of the class": (_class_helper, "class attribute 'helper' of block"),
     "class attribute": (lambda m: setattr(type(m.block), "power", 2.0), "class attribute 'power' of block"),
-    "parameter": (_replace_parameter, "parameter or buffer of block.linear"),
-    "buffer": (_tie_other_buffer, "parameter or buffer of block"),
+    "parameter": (_replace_parameter, "parameter or buffer 'weight' of block.linear is another tensor"),
+    "buffer": (_tie_other_buffer, "parameter or buffer 'offset' of block is another tensor"),
     "loose tensor": (lambda m: setattr(m.block, "loose", torch.full((4,), 9.0)), "attribute 'loose' of block"),
-    "sub-module": (lambda m: setattr(m.block, "linear", nn.Linear(4, 4).eval()), "parameter or buffer of block.linear"),
+    "sub-module": (lambda m: setattr(m.block, "linear", nn.Linear(4, 4).eval()), "'weight' of block.linear"),
     "sub-module of another class": (lambda m: setattr(m.block, "linear", nn.Identity()), "class of block.linear"),
     "sub-module added": (lambda m: m.block.add_module("extra", nn.Linear(1, 1)), "the module tree"),
     "training": (lambda m: m.block.train(), "training flag of block"),
-    "requires_grad": (lambda m: m.block.linear.weight.requires_grad_(False), "parameter or buffer of block.linear"),
-    "dtype": (lambda m: m.block.linear.double(), "parameter or buffer of block.linear"),
+    "requires_grad": (lambda m: m.block.linear.weight.requires_grad_(False), "of block.linear is False, was True"),
+    "dtype": (lambda m: m.block.linear.double(), "of block.linear is torch.float64, was torch.float32"),
 }
 #: Changes that leave the numbers of the test call as they are: their control is the reason, not a wrong number.
 SAME_NUMBERS = {"sub-module added", "training", "requires_grad", "dtype"}
@@ -179,7 +182,8 @@ def test_weights_in_another_layout_are_another_structure(model: Model) -> None:
     """Strides of a weight are compiled in: ``.data`` with other strides is noticed."""
     before = fingerprint(model)
     model.block.linear.weight.data = torch.rand(4, 4).t()
-    assert "parameter or buffer of block.linear" in difference(before, fingerprint(model))
+    told = difference(before, fingerprint(model))
+    assert told == "strides of parameter or buffer 'weight' of block.linear is (1, 4), was (4, 1)"
 
 
 def test_a_reused_address_is_not_the_same_object(model: Model) -> None:
