@@ -304,7 +304,10 @@ def mutates(op: Any) -> bool:
 
 def inductor_settings() -> dict[str, Any]:
     """Inductor's configuration without what has no influence on its code, as its own cache takes it."""
-    return dict(torch._inductor.config.save_config_portable())
+    settings = dict(torch._inductor.config.save_config_portable())
+    for name in ("aot_inductor.metadata", "cpp.cxx"):  # notes of its last compile, and what the compiler is called here
+        settings.pop(name, None)
+    return settings
 
 
 def inductor_passes() -> list[str]:

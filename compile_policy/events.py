@@ -81,10 +81,7 @@ KINDS: dict[str, Kind] = {
     ),
     "miss": Kind(
         "the store has no entry for a call, or one that cannot be used",
-        {
-            "reason": Field("string", "why; what differs from the nearest one, where there is one"),
-            "key": Field("string", "digest that was looked for"),
-        },
+        {"reason": Field("string", "why; what differs from the nearest one, where there is one")},
     ),
     "saved": Kind("a new entry was written to the store", {"key": Field("string", "digest that it is found by")}),
     "unsaved": Kind("an entry is not written to the store", {"reason": Field("string", "why")}),

@@ -253,6 +253,7 @@ class Region:
         entry = place.load() if place is not None else None
         if entry is not None:
             self.loaded += 1
+            self.fingerprint.watch(call.key[3], entry.graph.watched)
             self._add(call, entry)
         return entry
 
@@ -356,7 +357,7 @@ class Region:
         """What made another graph necessary, in words."""
         (modes, structure, ambient), (modes_now, structure_now, ambient_now) = entry.call.key[2:], call.key[2:]
         if structure != structure_now:
-            return f"{self.fingerprint.difference(structure, structure_now)} changed"
+            return self.fingerprint.difference(structure, structure_now)
         named = zip(("grad mode", "inference mode", "training flag", "autocast"), modes, modes_now, strict=True)
         for name, was, now in [*named, *((n, x, y) for (n, x), (_, y) in zip(ambient, ambient_now, strict=True))]:
             if was != now:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from compile_policy.config import CompilationConfig
 from compile_policy.configured import region_options
@@ -15,6 +15,7 @@ from compile_policy.decorators import ClassPolicy, decorated, policy_of, use_con
 from compile_policy.errors import PolicyWarning
 from compile_policy.plan import Component, Plan
 from compile_policy.region import Binder, Region, region_of
+from compile_policy.saving import ignore_attributes
 from compile_policy_transformers import compat
 from compile_policy_transformers.components import meta_model
 from compile_policy_transformers.decoder import DecoderBinder
@@ -23,6 +24,13 @@ from compile_policy_transformers.planning import make_plan
 from compile_policy_transformers.vision import EncoderBinder
 
 use_for_outputs()
+# Where a checkpoint is from and what its classes are called: two checkpoints of one architecture run the same graph.
+ignore_attributes(
+    PreTrainedConfig,
+    ("_name_or_path", "_commit_hash", "transformers_version", "architectures", "id2label", "label2id"),
+)
+ignore_attributes(PreTrainedModel, ("name_or_path",))
+ignore_attributes(torch.nn.Module, ("_is_hf_initialized",))
 
 
 def apply(model: torch.nn.Module, config: CompilationConfig) -> Plan:

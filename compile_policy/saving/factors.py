@@ -85,7 +85,7 @@ def _structure(module: torch.nn.Module, stable: Stable) -> dict[str, JSON]:
     factors: dict[str, JSON] = {
         "structure": {
             "modules": digest([[path, cls, training] for path, (cls, training, *_) in parts.items()]),
-            "hooks": digest([[path, part[2]] for path, part in parts.items()]),
+            "hooks": digest([[path, part[2]] for path, part in parts.items() if part[2]]),
             "attributes": digest([[path, part[3]] for path, part in parts.items()]),
             "weights": digest([[path, part[4]] for path, part in parts.items()]),
         }

@@ -31,11 +31,8 @@ class Unsaveable(Exception):
     """Why an entry cannot be written, or a written one not be used here."""
 
 
-def to_files(entry: Entry, module: torch.nn.Module, code: Mapping[str, Any]) -> dict[str, bytes]:
+def to_files(entry: Entry, module: torch.nn.Module) -> dict[str, bytes]:
     """The files of an entry.
-
-    Args:
-        code: what of the model's code it was made from; `code_of` reads it back.
 
     Raises:
         Unsaveable: not lowered ahead of time, bound to a tensor that has no place in the component, or with results
@@ -43,11 +40,10 @@ def to_files(entry: Entry, module: torch.nn.Module, code: Mapping[str, Any]) -> 
     """
     graph = entry.graph
     if graph.program is None:
-        raise Unsaveable(f"it was not lowered ahead of time{f': {graph.why_jit}' if graph.why_jit else ''}")
+        raise Unsaveable(f"it is lowered at run time{f', {graph.why_jit}' if graph.why_jit else ''}")
     place_of = {id(t): place for place, t in reversed(tensor_places(module).items())}
     check_conditions(graph.accepts.conditions)
     document = {
-        "code": code,
         "bound": [_bound(t, place_of) for t in graph.bound],
         "arguments": [_argument(a, place_of) for a in graph.arguments],
         "order": graph.order,
@@ -69,12 +65,6 @@ def to_files(entry: Entry, module: torch.nn.Module, code: Mapping[str, Any]) -> 
     }
     files = {ENTRY: _json(document), READABLE: zlib.compress(_json(readable), 1)}
     return files | {_package(i): package.data for i, package in enumerate(graph.program.packages)}
-
-
-def code_of(files: Mapping[str, bytes]) -> Mapping[str, Any]:
-    """What of the model's code an entry was made from."""
-    code: Mapping[str, Any] = json.loads(files[ENTRY])["code"]
-    return code
 
 
 def from_files(files: Mapping[str, bytes], module: torch.nn.Module, call: Call) -> Entry | None:

@@ -1,11 +1,16 @@
 """Entries of one region in a store: looked up before a compile, written after it.
 
+Which code an entry was made from is known to the process that traced it. So an entry is found in two steps: an *index*,
+under all factors that need no trace, lists the files and globals that mattered; with what they hold just now they are
+the rest of the entry's own key. Variants of the code lie beside each other, and a miss names the file that differs.
+
 Nothing here can make a call fail: what cannot be read is a miss, what cannot be written is said once and left.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,24 +22,45 @@ from compile_policy.artifacts import JSON, ArtifactKey, Miss, Store
 from compile_policy.call_key import Call
 from compile_policy.entry import Entry
 from compile_policy.events import emit
-from compile_policy.saving import sources
 from compile_policy.saving.factors import entry_factors, label_factors, variants
-from compile_policy.saving.form import Unsaveable, code_of, from_files, to_files
-from compile_policy.saving.sources import SourceChanged, TracedCode
+from compile_policy.saving.form import Unsaveable, from_files, to_files
+from compile_policy.saving.sources import SourceChanged, TracedCode, state_of, watched_at
 from compile_policy.saving.stable import Stable, Unstable, digest, ignored_names
 from compile_policy.shapes import Labels
 
+Factors = Mapping[str, JSON]
+_INDEX = "index.json"
 #: So many factors are named by a miss.
 _NAMED = 4
 
 
 @dataclass
-class Kept:
-    """An entry's artifact: its key, the code it was made from, and the forms of call that were proved."""
+class Index:
+    """What of the code mattered to the entries under one set of factors.
 
-    key: ArtifactKey
-    code: Mapping[str, Any]
-    forms: set[str] = field(default_factory=set)
+    Attributes:
+        modules: those whose text was traced; ``places``: globals that this code names.
+        proved: per entry the forms of call that were compared with eager.
+    """
+
+    modules: set[str] = field(default_factory=set)
+    places: set[str] = field(default_factory=set)
+    proved: dict[str, set[str]] = field(default_factory=dict)
+
+    def key(self, factors: Factors) -> ArtifactKey:
+        """The key of the entry that fits the code as it is now."""
+        return ArtifactKey({**factors, "kind": "entry", "code": state_of(self.modules, self.places)})
+
+    def encode(self) -> bytes:
+        proved = {key: sorted(forms) for key, forms in self.proved.items()}
+        values = {"modules": sorted(self.modules), "places": sorted(self.places), "proved": proved}
+        return json.dumps(values).encode()
+
+    @classmethod
+    def decode(cls, text: bytes) -> Index:
+        values = json.loads(text)
+        proved = {str(key): set(forms) for key, forms in values["proved"].items()}
+        return cls(set(values["modules"]), set(values["places"]), proved)
 
 
 class Shelf:
@@ -54,18 +80,18 @@ class Shelf:
         self.options = options
         self.binder = binder
         self.name = name
-        self._kept: dict[int, Kept] = {}  # by id of the entry, which lives as long as its region
+        self._keys: dict[int, tuple[Factors, str]] = {}  # by id of the entry, which lives as long as its region
         self._said: set[str] = set()
 
     def place(self, call: Call) -> Place | None:
         """Where entries for ``call`` are; ``None`` when they cannot be told from others."""
         try:
             factors = entry_factors(self.module, call, self.options, self.binder)
-            keys = [(labels, ArtifactKey({**factors, **label_factors(call, labels)})) for labels in variants(call)]
+            found = [(labels, {**factors, **label_factors(call, labels)}) for labels in variants(call)]
         except Unstable as reason:
             self.leave(f"{reason}, so it cannot be recognised in another process")
             return None
-        return Place(self, call, keys)
+        return Place(self, call, found)
 
     def leave(self, reason: str) -> None:
         """Say once that something is not saved."""
@@ -75,119 +101,126 @@ class Shelf:
 
     def proved(self, entry: Entry, form: Hashable) -> bool:
         """Whether this form of call was compared with eager when the artifact was in use before."""
-        kept = self._kept.get(id(entry))
-        return kept is not None and _form(form) in kept.forms
+        factors, key = self._keys.get(id(entry), ({}, ""))
+        index = self.index(factors) if key else None
+        return index is not None and _form(form) in index.proved.get(key, ())
 
     def note_proof(self, entry: Entry, form: Hashable) -> None:
-        """Remember with the artifact that a form of call was compared with eager."""
-        kept = self._kept.get(id(entry))
-        if kept is not None and _form(form) not in kept.forms:
-            kept.forms.add(_form(form))
-            with contextlib.suppress(OSError):  # it is there to be added to, not to be relied on
-                self.store.remove(kept.key.digest)
-                self.write(entry, kept)
+        """Remember beside the artifact that a form of call was compared with eager."""
+        if id(entry) in self._keys:
+            factors, key = self._keys[id(entry)]
+            index = self.index(factors) or Index()
+            index.proved.setdefault(key, set()).add(_form(form))
+            self.write_index(factors, index)
 
-    def keep(self, entry: Entry, kept: Kept) -> None:
-        self._kept[id(entry)] = kept
+    def keep(self, entry: Entry, factors: Factors, key: ArtifactKey) -> None:
+        """Remember which artifact an entry is."""
+        self._keys[id(entry)] = (factors, key.digest)
 
-    def write(self, entry: Entry, kept: Kept) -> bool:
-        """Write or overwrite an artifact; a reason not to is said."""
-        try:
-            files = to_files(entry, self.module, kept.code)
-        except (Unsaveable, ValueError) as reason:
-            self.leave(str(reason))
-            return False
-        meta: dict[str, JSON] = {
-            "component": self.name,
-            "seconds": round(entry.seconds, 1),
-            "forms": list(sorted(kept.forms)),
-        }
-        return self.store.save(kept.key, files, meta)
+    def index(self, factors: Factors) -> Index | None:
+        found = self.store.load(_index_key(factors))
+        return None if isinstance(found, Miss) else Index.decode(found.files[_INDEX])
+
+    def write_index(self, factors: Factors, index: Index) -> bool:
+        """Replace an index. Two processes that do so at once cost each other a line, which is found again."""
+        key = _index_key(factors)
+        with contextlib.suppress(OSError):
+            self.store.remove(key.digest)
+        return self.store.save(key, {_INDEX: index.encode()}, {"component": self.name, "kind": "index"})
 
 
 class Place:
     """The artifacts that one call may use: for all its dims free, or with sizes 0 and 1 as constants."""
 
-    def __init__(self, shelf: Shelf, call: Call, keys: Sequence[tuple[Sequence[Labels], ArtifactKey]]) -> None:
+    def __init__(self, shelf: Shelf, call: Call, found: Sequence[tuple[Sequence[Labels], Factors]]) -> None:
         self.shelf = shelf
         self.call = call
-        self.keys = keys
+        self.variants = found
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """One process at a time looks and, on a miss, compiles; the others find its artifact then."""
-        with self.shelf.store.lock(self.keys[0][1]):
+        with self.shelf.store.lock(ArtifactKey({**self.variants[0][1], "kind": "lock"})):
             yield
 
     def load(self) -> Entry | None:
         """An entry that fits the call; why there is none is told as an event."""
         reasons: list[str] = []
-        for _, key in self.keys:
+        for _, factors in self.variants:
             started = time.perf_counter()
+            index = self.shelf.index(factors)
+            if index is None:
+                reasons.append(self._nearest(_index_key(factors)))
+                continue
+            key = index.key(factors)
             found = self.shelf.store.load(key)
             if isinstance(found, Miss):
-                reasons.append(self._absent(key) if found.reason == "absent" else found.detail)
+                reasons.append(self._nearest(key) if found.reason == "absent" else found.detail)
                 continue
             try:
-                entry = self._fitting(key, found.files, found.meta)
+                entry = from_files(found.files, self.shelf.module, self.call)
             except Exception as error:
-                known = isinstance(error, (Unsaveable, SourceChanged))
-                reasons.append(str(error) if known else f"{type(error).__name__}: {error}")
-                self.shelf.store.discard(key, "changed" if known else "load")  # the new one takes its place
+                reasons.append(str(error) if isinstance(error, Unsaveable) else f"{type(error).__name__}: {error}")
+                self.shelf.store.discard(key, "load")  # the new one takes its place
                 continue
-            if entry is not None:
-                seconds = time.perf_counter() - started
-                emit("loaded", self.shelf.name, f"loaded in {seconds:.1f} s", seconds=seconds, key=key.digest)
-                return entry
-            reasons.append("what is stored holds for other sizes")
-        emit("miss", self.shelf.name, f"not in the store: {reasons[0]}", reason=reasons[0], key=self.keys[0][1].digest)
+            if entry is None:
+                reasons.append("what is stored holds for other sizes")
+                continue
+            entry.graph.watched = watched_at(index.places)
+            self.shelf.keep(entry, factors, key)
+            seconds = time.perf_counter() - started
+            emit("loaded", self.shelf.name, f"loaded in {seconds:.1f} s", seconds=seconds, key=key.digest)
+            return entry
+        emit("miss", self.shelf.name, f"not in the store: {reasons[0]}", reason=reasons[0])
         return None
 
-    def _absent(self, key: ArtifactKey) -> str:
+    def _nearest(self, key: ArtifactKey) -> str:
         """What differs from the artifact that comes nearest."""
-        found = self.shelf.store.why_miss(key.factors)
-        if not found or any(difference.factor == "component" for difference in found):
+        found = [difference.factor for difference in self.shelf.store.why_miss(key.factors)]
+        if not found or {"component", "kind"} & set(found):
             return "nothing is stored for this component"
-        names = [difference.factor for difference in found]
-        return f"{', '.join(names[:_NAMED])}{f' and {len(names) - _NAMED} more' if len(names) > _NAMED else ''} changed"
-
-    def _fitting(self, key: ArtifactKey, files: Mapping[str, bytes], meta: Mapping[str, Any]) -> Entry | None:
-        code = code_of(files)
-        sources.check(code["texts"], code["globals"])
-        entry = from_files(files, self.shelf.module, self.call)
-        if entry is not None:
-            self.shelf.keep(entry, Kept(key, code, set(meta.get("forms", ()))))
-        return entry
+        named = [_in_words(factor) for factor in found]
+        return f"{', '.join(named[:_NAMED])}{f' and {len(named) - _NAMED} more' if len(named) > _NAMED else ''} changed"
 
     def save(self, entry: Entry, labels: Sequence[Labels]) -> None:
-        """Write a new entry that was traced under ``labels``."""
-        key = next((key for known, key in self.keys if list(known) == list(labels)), None)
-        assert key is not None, "an entry is traced under one of the labels of its place"
+        """Write a new entry that was traced under ``labels``; a reason not to is said."""
+        shelf = self.shelf
+        factors = next((factors for known, factors in self.variants if list(known) == list(labels)), None)
+        assert factors is not None, "an entry is traced under one of the labels of its place"
         try:
-            if entry.graph.program is None:
-                raise Unsaveable(_run_time(entry.graph.why_jit))
+            files = to_files(entry, shelf.module)
             code = _code(entry)
-        except (Unsaveable, SourceChanged) as reason:
-            self.shelf.leave(str(reason))
+        except (Unsaveable, SourceChanged, ValueError) as reason:
+            shelf.leave(str(reason))
             return
-        kept = Kept(key, code)
-        if self.shelf.write(entry, kept):
-            self.shelf.keep(entry, kept)
-            emit("saved", self.shelf.name, "saved for the next process", key=key.digest)
+        index = shelf.index(factors) or Index()
+        index.modules |= code.modules()
+        index.places |= code.places()
+        key = index.key(factors)
+        meta: dict[str, JSON] = {"component": shelf.name, "kind": "entry", "seconds": round(entry.seconds, 1)}
+        if shelf.store.save(key, files, meta) and shelf.write_index(factors, index):
+            shelf.keep(entry, factors, key)
+            emit("saved", shelf.name, "saved for the next process", key=key.digest)
 
 
-def _code(entry: Entry) -> dict[str, Any]:
+def _index_key(factors: Factors) -> ArtifactKey:
+    return ArtifactKey({**factors, "kind": "index"})
+
+
+def _code(entry: Entry) -> TracedCode:
     """What of the model's code the entry was made from."""
     traced = TracedCode(entry.graph.traced)
     read = sorted(traced.names() & ignored_names())
     if read:
         raise Unsaveable(f"its code reads {read[0]}, which does not count as part of a model")
-    return {"texts": traced.texts(), "globals": traced.globals()}
+    return traced
 
 
 def _form(form: Hashable) -> str:
     return digest(Stable(lenient=True)(form))
 
 
-def _run_time(why: str) -> str:
-    return f"it is lowered at run time{f', {why}' if why else ''}"
+def _in_words(factor: str) -> str:
+    if factor.startswith("code.text."):
+        return f"the source of {factor.removeprefix('code.text.')}"
+    return factor.removeprefix("code.global.").replace(":", ".")

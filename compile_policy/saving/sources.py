@@ -12,13 +12,15 @@ import importlib.util
 import sys
 import time
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from compile_policy.artifacts.key import JSON
 from compile_policy.saving.stable import Stable, digest
+from compile_policy.watched import Watched
 
 #: Covered by their version; the policy's own sources by a digest of their own.
 _COVERED = frozenset({"torch", "compile_policy"} | (sys.stdlib_module_names - {"__main__"}))
@@ -27,7 +29,7 @@ _STARTED = time.time()
 
 
 class SourceChanged(Exception):
-    """Code is another than when an artifact was made, or cannot be told; the message says which."""
+    """Code that cannot be told by the text of a file; the message says which."""
 
 
 def text_digest(module: str) -> str | None:
@@ -86,38 +88,37 @@ class TracedCode:
             if path is None or path.stat().st_mtime > _STARTED:
                 raise SourceChanged(f"{path or module} was edited after this process began")
 
-    def texts(self) -> dict[str, str]:
-        """module -> digest of its file."""
-        return {module: text_digest(module) or "" for module in sorted(self.by_module)}
+    def modules(self) -> set[str]:
+        """The modules whose text was traced."""
+        return set(self.by_module)
 
     def names(self) -> set[str]:
         """Every name of a global or attribute in the code."""
         return {name for codes in self.by_module.values() for code in codes for name in _names(code)}
 
-    def globals(self) -> dict[str, str]:
-        """``module:name`` -> digest, for every global that the code names: a helper or a constant may be replaced."""
-        places = {place for module, codes in self.by_module.items() for c in codes for place in _globals(module, c)}
-        return digests_of(places)
+    def places(self) -> set[str]:
+        """``module:name`` of every global that the code names: a helper or a constant may be replaced."""
+        return {place for module, codes in self.by_module.items() for c in codes for place in _globals(module, c)}
 
 
-def digests_of(places: Iterable[str]) -> dict[str, str]:
-    """Digest of what stands at each ``module:name`` or ``module:name.attribute`` just now."""
+def state_of(modules: Iterable[str], places: Iterable[str]) -> dict[str, JSON]:
+    """What files and globals hold just now, as digests."""
     stable = Stable(lenient=True)
-    return {place: digest(stable(_value_at(place))) for place in sorted(places)}
+    return {
+        "text": {module: text_digest(module) or "(none)" for module in modules},
+        "global": {place: digest(stable(_value_at(place))) for place in places},
+    }
 
 
-def check(texts: Mapping[str, str], values: Mapping[str, str]) -> None:
-    """Compare what an artifact was made from with what is there now.
-
-    Raises:
-        SourceChanged: naming the first difference.
-    """
-    for module, was in texts.items():
-        if text_digest(module) != was:
-            raise SourceChanged(f"the source of {module} changed")
-    for place, now in digests_of(values).items():
-        if values[place] != now:
-            raise SourceChanged(f"{place.replace(':', '.')} is another")
+def watched_at(places: Iterable[str]) -> tuple[Watched, ...]:
+    """The globals as values to be watched from now on, as a capture would have them watched."""
+    found = [Watched.now("settings of torch's kernels", "settings", torch)]
+    for place in sorted(places):
+        owner, name = _owner_of(place)
+        found.append(Watched.now(place.replace(":", "."), "attribute", owner, name))
+        if isinstance(value := found[-1].value, types.FunctionType):
+            found += [Watched.now(f"{place}.{part}", "attribute", value, part) for part in ("__code__", "__defaults__")]
+    return tuple(found)
 
 
 def _generated(code: types.CodeType) -> bool:
@@ -142,9 +143,19 @@ def _globals(module: str, code: types.CodeType) -> Iterator[str]:
             yield from (f"{module}:{name}.{n}" for n in names & inside.keys() if callable(inside[n]))
 
 
-def _value_at(place: str) -> Any:
+def _owner_of(place: str) -> tuple[Any, str]:
+    """The module that holds what stands at ``module:name`` or ``module:name.attribute``, and its name there."""
     module, _, path = place.partition(":")
-    value: Any = sys.modules.get(module) or importlib.import_module(module)
-    for name in path.split("."):
-        value = getattr(value, name, "(missing)")
-    return value
+    owner: Any = sys.modules.get(module) or importlib.import_module(module)
+    *way, name = path.split(".")
+    for step in way:
+        owner = getattr(owner, step)
+    return owner, name
+
+
+def _value_at(place: str) -> Any:
+    try:
+        owner, name = _owner_of(place)
+    except (ImportError, AttributeError):
+        return "(none)"
+    return getattr(owner, name, "(none)")
