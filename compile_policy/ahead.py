@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ import torch
 
 from compile_policy import compat
 from compile_policy.blocks import BlockSummary, divide, whole
-from compile_policy.program import Package, Program, Segment
+from compile_policy.program import Package, Program, Segment, Special
+from compile_policy.single import single_row
+
+#: (slot of an input, dim, size)
+Sizes = Sequence[tuple[int, int, int]]
 
 _OPTIONS: dict[str, Any] = {
     "aot_inductor.package": True,
@@ -66,15 +71,27 @@ def sizes_from_tensors(gm: torch.fx.GraphModule) -> list[int]:
 
 
 def lower_ahead(
-    gm: torch.fx.GraphModule, *, flat: bool = False, autotune: bool = False
+    gm: torch.fx.GraphModule,
+    sizes: Sizes = (),
+    *,
+    flat: bool = False,
+    make: Callable[[torch.fx.GraphModule], Package] | None = None,
 ) -> tuple[Program, BlockSummary]:
     """Compile ``gm``, whose inputs are all tensors: blocks that are the same code once, or ``flat`` as one package.
+
+    Args:
+        sizes: of some inputs in the most frequent calls; where that makes products of a matrix and a single row, such
+            calls get packages of their own.
+        make: compiles one piece; `make_package` unless given.
 
     Raises:
         Exception: whatever AOTInductor raises.
     """
+    make = make or make_package
     pieces, summary = (whole if flat else divide)(gm)
+    symbols = _symbols(gm, sizes)
     numbers: dict[tuple[Any, ...], int] = {}
+    special: dict[int, int] = {}
     packages: list[Package] = []
     segments: list[Segment] = []
     slots = {node: slot for slot, node in enumerate(_inputs(gm))}
@@ -82,12 +99,24 @@ def lower_ahead(
     for piece in pieces:
         if piece.form not in numbers:
             numbers[piece.form] = len(packages)
-            packages.append(make_package(piece.graph, autotune=autotune))
+            packages.append(make(piece.graph))
+            single = single_row(piece.graph, symbols)
+            if single is not None:
+                special[numbers[piece.form]] = len(packages)
+                packages.append(make(single))
         taken = tuple(slots[node] for node in piece.inputs)
         slots.update({node: slot for slot, node in enumerate(piece.results, len(slots))})
         segments.append(Segment(numbers[piece.form], taken, tuple(slots[node] for node in piece.results)))
     results: Any = gm.graph.output_node().args[0]
-    return Program(packages, segments, tuple(slots[node] for node in results), n_inputs), summary
+    other = Special(tuple(sizes), tuple(special.get(s.package, s.package) for s in segments)) if special else None
+    return Program(packages, segments, tuple(slots[node] for node in results), n_inputs, other), summary
+
+
+def _symbols(gm: torch.fx.GraphModule, sizes: Sizes) -> dict[Any, int]:
+    """symbol -> size, for sizes that are symbols of the trace."""
+    inputs = _inputs(gm)
+    found = [(inputs[slot].meta["example_value"].shape[dim], size) for slot, dim, size in sizes]
+    return {symbol.node.expr: size for symbol, size in found if isinstance(symbol, torch.SymInt)}
 
 
 def make_package(gm: torch.fx.GraphModule, *, autotune: bool = False) -> Package:

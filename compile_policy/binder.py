@@ -26,6 +26,7 @@ class Bound:
         sizes: label -> size in the example, where a size of its own would not do.
         example: makes the whole example call, where its tensors have to fit together; used instead of fillers.
         boundary: whether this call starts a sequence, so that the structure is looked at again.
+        frequent: label -> size in most calls, where one is worth code of its own.
     """
 
     values: Mapping[str, Any]
@@ -34,6 +35,7 @@ class Bound:
     sizes: Mapping[str, int] = field(default_factory=dict)
     example: Callable[[], Mapping[str, Any]] | None = None
     boundary: bool = True
+    frequent: Mapping[str, int] = field(default_factory=dict)
 
 
 class Binder(Protocol):

@@ -51,6 +51,7 @@ class Call:
     values: Mapping[str, Any]
     label: LabelFn
     example: Callable[[], Mapping[str, Any]] | None = None
+    frequent: Mapping[str, int] = field(default_factory=dict)
     mutable: frozenset[int] = frozenset()
     copied: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
@@ -66,6 +67,7 @@ def make_call(
     fillers: Mapping[str, Filler] | None = None,
     sizes: Mapping[str, int] | None = None,
     example: Callable[[], Mapping[str, Any]] | None = None,
+    frequent: Mapping[str, int] | None = None,
 ) -> Call:
     """Flatten named arguments.
 
@@ -76,6 +78,7 @@ def make_call(
         fillers: path -> how to fill the example of that tensor.
         sizes: label -> size in the example, where one of its own would not do.
         example: makes the arguments of a whole example call.
+        frequent: label -> size in most calls.
 
     Raises:
         NotCompilable: an argument that cannot be passed to a graph.
@@ -94,6 +97,7 @@ def make_call(
         values=values,
         label=label,
         example=example,
+        frequent=frequent or {},
         mutable=frozenset(out.mutable),
         copied=out.copied,
     )

@@ -89,7 +89,7 @@ def _compile_once(
         results = compiled(*leaves)
         graph = catcher.finish(results)
         if catcher.deferred is not None:
-            graph.lower_ahead(catcher.deferred, lowering.program)
+            graph.lower_ahead(catcher.deferred, labels, lowering)
     return graph
 
 

@@ -326,3 +326,20 @@ def cpu_capability() -> str:
 def default_store() -> Any:
     """The key-value store through which the default process group was set up; every rank reaches it."""
     return torch.distributed.distributed_c10d._get_default_store()
+
+
+def with_sizes(tensor: torch.Tensor, symbols: Mapping[Any, int]) -> torch.Tensor:
+    """A fake tensor like the given one, in which some symbols have values."""
+
+    def number(size: Any) -> Any:
+        if not isinstance(size, torch.SymInt):
+            return size
+        value = size.node.expr.subs(dict(symbols))
+        if value.is_Integer:
+            return int(value)
+        return size.node.shape_env.create_symintnode(value, hint=None)
+
+    fake: Any = tensor
+    with fake.fake_mode:
+        shape, strides = [number(s) for s in tensor.shape], [number(s) for s in tensor.stride()]
+        return torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device)

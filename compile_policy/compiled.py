@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,11 +14,10 @@ from compile_policy.ahead import sizes_from_tensors
 from compile_policy.audit import GuardRecord as GuardRecord
 from compile_policy.blocks import BlockSummary
 from compile_policy.errors import first_line
+from compile_policy.lowering import Lowering
 from compile_policy.predicate import ShapeConditions
 from compile_policy.program import Program, picker
 from compile_policy.watched import Watched
-
-Lower = Callable[[torch.fx.GraphModule], tuple[Program, BlockSummary]]
 
 
 class AheadFault(Exception):
@@ -116,11 +115,11 @@ class CompiledGraph:
         """Whether the results are the graph's outputs as they come."""
         return self.outputs == [("graph", i) for i in range(len(self.outputs))]
 
-    def lower_ahead(self, gm: torch.fx.GraphModule, lower: Lower) -> None:
+    def lower_ahead(self, gm: torch.fx.GraphModule, labels: Sequence[Sequence[str | None]], lowering: Lowering) -> None:
         """Replace the captured graph's Python by native packages.
 
         Raises:
-            AheadFault: ``lower`` could not take the graph.
+            AheadFault: the graph could not be lowered.
         """
         kept = sizes_from_tensors(gm)
         arguments = [self.arguments[i] for i in kept]
@@ -130,9 +129,20 @@ class CompiledGraph:
         self.bound = [a.tensor for a in (arguments[i] for i in bound) if a.tensor is not None]
         self.order = [arguments[i].leaf for i in rest]
         try:
-            self.program, self.blocks = lower(gm)
+            self.program, self.blocks = lowering.program(gm, self._frequent_sizes(labels, lowering.frequent))
         except Exception as error:
             raise AheadFault(error) from error
+
+    def _frequent_sizes(
+        self, labels: Sequence[Sequence[str | None]], frequent: Mapping[str, int]
+    ) -> list[tuple[int, int, int]]:
+        """(slot, dim, size) of the first dim with each label that has a frequent size; none if a label is missing."""
+        places = {
+            label: (slot, dim)
+            for slot, leaf in reversed(list(enumerate(self.order, len(self.bound))))
+            for dim, label in enumerate(labels[leaf])
+        }
+        return [(*places[n], size) for n, size in frequent.items()] if frequent.keys() <= places.keys() else []
 
 
 def _reorder_inputs(gm: torch.fx.GraphModule, order: Sequence[int]) -> None:

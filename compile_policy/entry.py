@@ -111,6 +111,7 @@ def build_entry(
             raise ExampleUnfit(f"the component does not run on a synthetic example: {first_line(error)}") from error
         for tensor in compat.loose_tensors(module):  # bound like parameters; their sizes are no sizes of the call
             compat.mark_static(tensor)
+        lowering = lowering.for_sizes(call.frequent) if call.frequent else lowering
         graph = compile_call(reference.traceable(), example, labels, lowering, on_capture, module)
         output = OutputSpec(reference.tree, reference.leaves)
         written = reference.written - call.mutable

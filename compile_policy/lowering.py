@@ -5,13 +5,15 @@ Two roads: native packages ahead of time where AOTInductor can take the graph, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch._dynamo.backends.registry import lookup_backend
 
-from compile_policy.ahead import can_lower_ahead, lower_ahead
+from compile_policy.ahead import Sizes, can_lower_ahead, lower_ahead, make_package
 from compile_policy.blocks import BlockSummary
 from compile_policy.program import Program
 
@@ -20,21 +22,35 @@ class Lowering(Protocol):
     """The seam: a captured graph and its inputs -> a callable of the same flat inputs.
 
     ``ahead`` says that a graph is lowered after capture and not inside Dynamo's, as a function of tensors alone.
+
+    Attributes:
+        frequent: label -> size in the most frequent calls, which may get code of their own.
     """
+
+    frequent: Mapping[str, int]
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]: ...
 
     def ahead(self, gm: torch.fx.GraphModule) -> bool: ...
 
-    def program(self, gm: torch.fx.GraphModule) -> tuple[Program, BlockSummary]:
-        """Native packages for a graph that goes ahead of time; its inputs are all tensors by now."""
+    def program(self, gm: torch.fx.GraphModule, sizes: Sizes = ()) -> tuple[Program, BlockSummary]:
+        """Native packages for a graph that goes ahead of time; its inputs are all tensors by now.
+
+        Args:
+            sizes: of some inputs in the most frequent calls.
+        """
 
     def jit(self) -> Lowering:
         """The road for what cannot be lowered ahead of time."""
 
+    def for_sizes(self, frequent: Mapping[str, int]) -> Lowering:
+        """The same lowering, told the ``frequent`` sizes."""
+
 
 class InductorJit:
     """A backend of Dynamo by name: ``inductor``, ``aot_eager``, ``eager`` or any other."""
+
+    frequent: Mapping[str, int] = {}
 
     def __init__(self, backend: str, *, autotune: bool = False) -> None:
         self.backend = backend
@@ -47,11 +63,16 @@ class InductorJit:
     def ahead(self, gm: torch.fx.GraphModule) -> bool:
         return False
 
-    def program(self, gm: torch.fx.GraphModule) -> tuple[Program, BlockSummary]:
+    def program(self, gm: torch.fx.GraphModule, sizes: Sizes = ()) -> tuple[Program, BlockSummary]:
         raise AssertionError("a graph for the JIT is lowered inside its capture")
 
     def jit(self) -> Lowering:
         return self
+
+    def for_sizes(self, frequent: Mapping[str, int]) -> Lowering:
+        lowering = copy.copy(self)
+        lowering.frequent = frequent
+        return lowering
 
 
 class AheadOfTime(InductorJit):
@@ -63,8 +84,8 @@ class AheadOfTime(InductorJit):
     def ahead(self, gm: torch.fx.GraphModule) -> bool:
         return can_lower_ahead(gm)
 
-    def program(self, gm: torch.fx.GraphModule) -> tuple[Program, BlockSummary]:
-        return lower_ahead(gm, flat=self.autotune, autotune=self.autotune)
+    def program(self, gm: torch.fx.GraphModule, sizes: Sizes = ()) -> tuple[Program, BlockSummary]:
+        return lower_ahead(gm, sizes, flat=self.autotune, make=partial(make_package, autotune=self.autotune))
 
     def jit(self) -> Lowering:
         return InductorJit(self.backend, autotune=self.autotune)

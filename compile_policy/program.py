@@ -19,6 +19,8 @@ import torch
 from compile_policy import compat
 
 Runner = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+#: What runs, what it is given, and the slots that nobody reads afterwards.
+Step = tuple[Runner, Callable[[list[Any]], list[Any]], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,19 @@ class Segment:
     outputs: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Special:
+    """Other packages for inputs of certain sizes.
+
+    Attributes:
+        sizes: (slot of an input, dim, size): all must hold.
+        packages: for every segment the package that then runs instead of its own.
+    """
+
+    sizes: tuple[tuple[int, int, int], ...]
+    packages: tuple[int, ...]
+
+
 class Program:
     """Packages and the segments that run them.
 
@@ -58,35 +73,50 @@ class Program:
         segments: in the order in which they run; their outputs are numbered on from ``n_inputs``, without a gap.
         outputs: the slots of the results.
         n_inputs: number of inputs.
+        special: packages for frequent sizes, if any.
 
     Raises:
         ValueError: a segment reads a slot that nothing has filled, or names a package that is not there.
     """
 
     def __init__(
-        self, packages: Sequence[Package], segments: Sequence[Segment], outputs: Sequence[int], n_inputs: int
+        self,
+        packages: Sequence[Package],
+        segments: Sequence[Segment],
+        outputs: Sequence[int],
+        n_inputs: int,
+        special: Special | None = None,
     ) -> None:
         self.packages = list(packages)
         self.segments = tuple(segments)
         self.outputs = tuple(outputs)
         self.n_inputs = n_inputs
+        self.special = special
         self._check()
-        last = {slot: step for step, segment in enumerate(self.segments) for slot in segment.inputs}
-        made = {slot: step for step, segment in enumerate(self.segments) for slot in segment.outputs}
-        done: list[list[int]] = [[] for _ in self.segments]
-        for slot, step in made.items():
-            if slot not in self.outputs:
-                done[last.get(slot, step)].append(slot)
-        self._steps = [
-            (self.packages[s.package].run, picker(s.inputs), tuple(free))
-            for s, free in zip(self.segments, done, strict=True)
-        ]
+        self._steps = self._plan([s.package for s in self.segments])
+        self._special_steps = self._plan(special.packages) if special else self._steps
+        self._special_sizes = special.sizes if special else ()
         self._results = picker(self.outputs)
+
+    def _plan(self, packages: Sequence[int]) -> list[Step]:
+        last = {slot: step for step, segment in enumerate(self.segments) for slot in segment.inputs}
+        done: list[list[int]] = [[] for _ in self.segments]
+        for step, segment in enumerate(self.segments):
+            for slot in segment.outputs:
+                if slot not in self.outputs:
+                    done[last.get(slot, step)].append(slot)
+        steps = zip(packages, self.segments, done, strict=True)
+        return [(self.packages[p].run, picker(s.inputs), tuple(free)) for p, s, free in steps]
 
     def run(self, inputs: list[Any]) -> list[torch.Tensor]:
         """Run all segments on ``inputs``, a list of ``n_inputs`` tensors that is used up; intermediate results are
         let go after their last use."""
-        for run, pick, free in self._steps:
+        steps = self._special_steps
+        for slot, dim, size in self._special_sizes:
+            if inputs[slot].shape[dim] != size:
+                steps = self._steps
+                break
+        for run, pick, free in steps:
             inputs += run(pick(inputs))
             for slot in free:
                 inputs[slot] = None
@@ -98,6 +128,7 @@ class Program:
             "n_inputs": self.n_inputs,
             "segments": [[s.package, list(s.inputs), list(s.outputs)] for s in self.segments],
             "outputs": list(self.outputs),
+            "special": [list(map(list, self.special.sizes)), list(self.special.packages)] if self.special else None,
         }
 
     @classmethod
@@ -110,9 +141,13 @@ class Program:
         try:
             segments = [Segment(int(p), tuple(map(int, i)), tuple(map(int, o))) for p, i, o in data["segments"]]
             outputs, n_inputs = tuple(map(int, data["outputs"])), int(data["n_inputs"])
+            special = None
+            if data["special"] is not None:
+                sizes, others = data["special"]
+                special = Special(tuple((int(s), int(d), int(n)) for s, d, n in sizes), tuple(map(int, others)))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not the description of a program: {error!r}") from error
-        return cls(packages, segments, outputs, n_inputs)
+        return cls(packages, segments, outputs, n_inputs, special)
 
     def _check(self) -> None:
         filled = self.n_inputs
@@ -126,6 +161,12 @@ class Program:
             filled += len(segment.outputs)
         if not all(0 <= slot < filled for slot in self.outputs):
             raise ValueError("the result is a slot that nothing fills")
+        if self.special is not None:
+            known = all(0 <= package < len(self.packages) for package in self.special.packages)
+            if not known or len(self.special.packages) != len(self.segments):
+                raise ValueError("the packages for special sizes do not fit the segments")
+            if not self.special.sizes or not all(0 <= slot < self.n_inputs for slot, _, _ in self.special.sizes):
+                raise ValueError("special sizes are those of inputs")
 
 
 def picker(slots: Sequence[int]) -> Callable[[list[Any]], list[Any]]:

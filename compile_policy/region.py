@@ -209,7 +209,7 @@ class Region:
         structure = self.fingerprint.current(look_again=bound.boundary)
         grad, inference, autocast, *ambient = compat.modes()
         extra = ((grad[1], inference[1], self.module.training, autocast[1]), structure, tuple(ambient))
-        return make_call(bound.values, bound.label, extra, bound.fillers, bound.sizes, bound.example)
+        return make_call(bound.values, bound.label, extra, bound.fillers, bound.sizes, bound.example, bound.frequent)
 
     def _find(self, call: Call) -> Entry | None:
         for entry in self.entries.get(call.key, ()):

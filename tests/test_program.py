@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from compile_policy.program import Package, Program, Segment
+from compile_policy.program import Package, Program, Segment, Special
 
 
 def _package(fn: object) -> Package:
@@ -66,6 +66,17 @@ def test_a_program_travels_as_json() -> None:
     torch.testing.assert_close(again.run([w, x])[0], program.run([w, x])[0])
 
 
+def test_frequent_sizes_have_packages_of_their_own() -> None:
+    """The other packages run when every size is the frequent one, and only then; they travel along."""
+    plain, single = _package(lambda a: (a + 1,)), _package(lambda a: (a + 2,))
+    special = Special(((0, 0, 1), (0, 1, 3)), (1, 0))
+    program = Program([plain, single], [Segment(0, (0,), (1,)), Segment(0, (1,), (2,))], (2,), 1, special)
+    again = Program.from_dict(json.loads(json.dumps(program.to_dict())), program.packages)
+    for known in (program, again):
+        for shape, added in (((1, 3), 3), ((2, 3), 2), ((1, 2), 2)):
+            assert torch.equal(known.run([torch.zeros(shape)])[0], torch.full(shape, float(added)))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -77,6 +88,11 @@ def test_a_program_travels_as_json() -> None:
         ({"outputs": [9]}, "nothing fills"),
         ({"segments": [[0, [0, 1]]]}, "not the description"),
         ({"n_inputs": None}, "not the description"),
+        ({"special": [[[0, 0, 1]], [0, 0, 7, 0]]}, "do not fit"),
+        ({"special": [[[0, 0, 1]], [0]]}, "do not fit"),
+        ({"special": [[[5, 0, 1]], [0, 0, 1, 0]]}, "those of inputs"),
+        ({"special": [[], [0, 0, 1, 0]]}, "those of inputs"),
+        ({"special": [[[0, 0]], [0, 0, 1, 0]]}, "not the description"),
     ],
 )
 def test_a_damaged_description_is_refused(change: dict[str, object], message: str) -> None:

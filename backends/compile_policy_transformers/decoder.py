@@ -30,6 +30,8 @@ from compile_policy_transformers.repeat import DecodeSteps, Step
 
 #: Visual tokens are some of the example's 2 x 3 positions.
 _EXAMPLE_SIZES = {"batch": 2, "sequence": 3, "visual_tokens": 5}
+#: Decoding takes one token after the other.
+_FREQUENT_SIZES = {"batch": 1, "sequence": 1}
 
 
 class DecoderBinder:
@@ -72,7 +74,7 @@ class DecoderBinder:
         fillers = self.features.complete(values, embeds)
         label = DecoderLabels(batch, length, cache)
         ordered = {name: values[name] for name in sorted(values) if values[name] is not None}
-        return Bound(ordered, label, fillers, _EXAMPLE_SIZES, boundary=length > 1)
+        return Bound(ordered, label, fillers, _EXAMPLE_SIZES, boundary=length > 1, frequent=_FREQUENT_SIZES)
 
     def form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, torch.Tensor | None]:
         """Kinds of the arguments, whether some positions are padding, one token or several, an empty cache or not."""
