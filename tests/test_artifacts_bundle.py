@@ -140,6 +140,25 @@ def test_a_signature_covers_everything(bundle: Path, there: Store, tmp_path: Pat
                 refused(there, path, trust=True)
 
 
+def test_a_forged_manifest_under_a_good_signature(bundle: Path, there: Store, tmp_path: Path) -> None:
+    """Other code with a manifest that fits it: the signature covers the manifest too, and trust doesn't skip hashes."""
+    contents = members(bundle)
+    name = f"{KEY.digest}/{MANIFEST}"
+    evil = {**FILES, "graph.so": b"evil"}
+    contents[name] = Manifest.describe(KEY, evil, {}).encode()
+    contents[f"{KEY.digest}/graph.so"] = evil["graph.so"]
+    for trust in (False, True):
+        path = packed(tmp_path / "forged.tar", plainly(contents))
+        assert "a manifest was changed" in refused(there, path, trust=trust)
+
+
+def test_a_member_of_another_name(bundle: Path, there: Store, tmp_path: Path) -> None:
+    """The right bytes in the right place under a name that leads elsewhere."""
+    contents = {name.replace("blocks/0.pt2", "../../0.pt2"): data for name, data in members(bundle).items()}
+    message = refused(there, packed(tmp_path / "renamed.tar", plainly(contents)))
+    assert "../../0.pt2" in message
+
+
 # -- hostile ----------------------------------------------------------------------------------------------------------
 
 
