@@ -23,7 +23,7 @@ class Dump(Protocol):
 
 @dataclass(frozen=True)
 class RegionOptions:
-    """What the configuration says about a region."""
+    """What the configuration says about a region; ``load_only`` takes entries from the store and compiles none."""
 
     backend: str = "inductor"
     max_entries: int = 8
@@ -33,6 +33,7 @@ class RegionOptions:
     dump: Dump | None = None
     sentinel: Sentinel | None = None
     store: Store | None = None
+    load_only: bool = False
 
     @classmethod
     def from_config(

@@ -255,9 +255,13 @@ class Region:
             self.loaded += 1
             self.fingerprint.watch(call.key[3], entry.graph.watched)
             self._add(call, entry)
+            if self.options.dump is not None:
+                self.options.dump(self, entry)
         return entry
 
     def _make(self, call: Call, place: Place | None) -> Entry:
+        if self.options.load_only:
+            raise PassingObstacle("the store has no entry for this call, and nothing is to be compiled")
         self._check_budget()
         self._announce(call)
         why: NotCompilable | None = None

@@ -21,6 +21,7 @@ from compile_policy.cli.matrix import matrix
 from compile_policy.cli.plan import plan
 from compile_policy.cli.session import Session
 from compile_policy.cli.terminal import Terminal
+from compile_policy.cli.warmup import warmup
 from compile_policy.errors import PolicyError
 from compile_policy.flags import parse_flags
 
@@ -44,7 +45,7 @@ _EPILOG = "\n\n".join(
 app = typer.Typer(
     add_completion=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
 )
-for command in (generate, plan, explain, matrix, config):
+for command in (generate, plan, explain, warmup, matrix, config):
     app.command(epilog=_EPILOG)(command)
 app.add_typer(graphs.app, name="graphs")
 app.add_typer(layers.app, name="layers")

@@ -46,6 +46,12 @@ class Progress:
         took = f" in {seconds:.1f} s" if isinstance(seconds, int | float) else ""
         self.terminal.note(f"compiled {event.component}{took}", style="green")
 
+    def _on_loaded(self, event: Event) -> None:
+        self.terminal.note(f"{event.component}: {event.message}", style="green")
+
+    def _on_unsaved(self, event: Event) -> None:
+        self.terminal.note(f"{event.component}: {event.message}", style="dim")
+
     def _on_fallback(self, event: Event) -> None:
         self.stop()
         remedy = str(event.data.get("remedy") or "")
@@ -72,9 +78,9 @@ class Progress:
 
 
 @contextmanager
-def progress(terminal: Terminal, *, debug: bool = False) -> Iterator[Progress]:
+def progress(terminal: Terminal, *, debug: bool = False, shown: Progress | None = None) -> Iterator[Progress]:
     """Show events and our own warnings inside the block; warnings of other packages only with ``debug``."""
-    shown = Progress(terminal)
+    shown = shown or Progress(terminal)
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **_: Any) -> None:
         if issubclass(category, PolicyWarning):

@@ -41,6 +41,22 @@ def print_plan(console: Console, rows: Sequence[Row], notes: Iterable[str]) -> N
         console.print(Text(clean(f"note: {note}")))
 
 
+def print_warmup(console: Console, rows: Sequence[Row], seconds: float, *, checked: bool) -> None:
+    """One row a component: what was compiled and loaded; or, for a check, what the store lacks."""
+    table = _table()
+    for title in ("component", "compiled", "loaded", "compile s"):
+        table.add_column(title, justify="left" if title == "component" else "right", no_wrap=True)
+    for row in rows:
+        name = Text(clean(f"{row['role']} {row['qualname']}".strip()))
+        table.add_row(name, str(row["graphs"]), str(row["loaded"]), f"{row['compile_seconds']:.1f}")
+    console.print(table)
+    for row in rows:
+        for reason in row["missing"] if checked else [row["fallback"]] if row["fallback"] else []:
+            console.print(Text.assemble((f"{clean(row['role'])}: ", "bold yellow"), clean(reason)))
+    if not checked:
+        console.print(f"in {seconds:.1f} s", style="dim")
+
+
 def print_config(console: Console, rows: Iterable[tuple[str, Any, str]]) -> None:
     """Field, value, origin; what isn't a default stands out."""
     table = _table()
