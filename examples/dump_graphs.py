@@ -8,6 +8,7 @@ from pathlib import Path
 
 import compile_policy
 from compile_policy.graphs import Dump
+from compile_policy.graphs.page import page_of
 from compile_policy.graphs.stats import stats_of
 from compile_policy_transformers.tiny import tiny_inputs
 
@@ -20,12 +21,14 @@ def main(folder: str | None = None) -> None:
 
     for entry in Dump.open(directory).entries:
         component, numbers = entry.record["component"], stats_of(entry)
-        print(f"{entry.id}: {component['cls']}, {numbers.ops} operations, {len(numbers.kernels)} kernel calls")
+        print(f"{entry.id}: {component['cls']}, {numbers.ops} operations, {numbers.kernel_calls} kernel calls")
         print("  dynamic:", ", ".join(entry.record["labels"]))
         print("  most frequent:", ", ".join(f"{op} x{n}" for op, n in list(numbers.kinds.items())[:5]))
         line = next(line for line in entry.read("captured").splitlines() if "silu" in line)
         print("  for example:", " ".join(line.split()))
-    print(f"see also: compile-policy graphs ls {directory}")
+    page = directory / "graphs.html"
+    page.write_text(page_of(Dump.open(directory)), "utf-8")
+    print(f"see also: compile-policy graphs ls {directory}, and {page} in a browser")
 
 
 if __name__ == "__main__":
