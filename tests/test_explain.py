@@ -56,7 +56,8 @@ def _generate(model: Any, **more: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "gemma3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen2_5_vl", "qwen3_vl", "glm4v"))]
+    "name",
+    ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma3", "qwen2_5_vl", "qwen3_vl", "glm4v"))],
 )
 def test_sizes_without_weights_are_those_of_a_run(name: str) -> None:
     """Tensors, labels and fixed sizes that the configuration tells are what `generate` brings, decoder and tower."""
@@ -336,6 +337,7 @@ def test_fuyu() -> None:
     assert decoder.sizes == _component(found).sizes
 
 
+@pytest.mark.slow
 def test_a_lora_wrapped_model() -> None:
     """Wrapped layers are part of the graph; switching adapters off is another graph with that reason, as said."""
     peft = pytest.importorskip("peft")
@@ -393,6 +395,7 @@ def test_a_run_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> Non
     assert lines[3]["data"]["file"].endswith("modeling_step3p7.py")
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_to_compile_shows_the_line(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     """The model's line stands alone in the text, with class, cause, rule and remedy around it."""
     monkeypatch.setenv("COLUMNS", "100")
