@@ -91,7 +91,7 @@ def test_an_empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "removed 0 artifacts" in run(capsys, "gc")
     assert "removed 0 artifacts" in run(capsys, "clear")
     (tmp_path / "f.json").write_text("{}")
-    assert "nothing is stored yet" in run(capsys, "why-miss", str(tmp_path / "f.json"))
+    assert "no other artifact" in run(capsys, "why-miss", str(tmp_path / "f.json"))
     assert "no artifact to export" in fails(capsys, "export", str(tmp_path / "b.tar"))
 
 
@@ -149,6 +149,22 @@ def test_why_miss(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[st
         path.write_text(text)
         assert str(path) in fails(capsys, "why-miss", str(path))
     assert "cannot be read: No such file" in fails(capsys, "why-miss", str(tmp_path / "absent.json"))
+    assert "no artifact begins with 'tiny:llama'" in fails(capsys, "why-miss", "tiny:llama")
+
+
+def test_why_miss_of_a_stored_artifact(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """What tells it from its neighbour, which could have been used in its place."""
+    found = json.loads(run(capsys, "why-miss", KEY.digest[:8], "--json"))
+    assert not found["hit"]
+    assert found["differences"] == [
+        {"factor": "config.hidden_size", "stored": 8, "wanted": 4},
+        {"factor": "torch", "stored": "2.11.0", "wanted": "2.13.0"},
+    ]
+    assert "hidden_size" in run(capsys, "why-miss", SECOND.digest)
+    store.remove(SECOND.digest)
+    assert "no other artifact" in run(capsys, "why-miss", KEY.digest)
+    (store.folders.of(KEY.digest) / "graph.so").write_bytes(b"")
+    assert "cache doctor" in fails(capsys, "why-miss", KEY.digest)
 
 
 # -- changing ---------------------------------------------------------------------------------------------------------

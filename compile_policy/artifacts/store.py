@@ -94,17 +94,21 @@ class Store:
                 break
         return miss
 
-    def why_miss(self, factors: Mapping[str, JSON]) -> list[Difference]:
+    def why_miss(self, factors: Mapping[str, JSON], *, others: bool = False) -> list[Difference]:
         """(factor, stored value, wanted value) against the stored artifact that differs least from ``factors``.
 
         Empty when there is one that fits, or none at all. Factors with mappings inside are named by a dotted path.
+
+        Args:
+            others: leave out the one that fits: what tells a stored artifact from its nearest neighbour?
         """
         wanted = plain(factors)
         assert isinstance(wanted, dict)
+        own = ArtifactKey(wanted).digest if others else ""
         candidates = [
             (differences(entry.manifest.key.factors, wanted), -entry.used)
             for entry in self.folders.artifacts()
-            if isinstance(entry.manifest, Manifest)
+            if isinstance(entry.manifest, Manifest) and entry.digest != own
         ]
         return min(candidates, key=lambda candidate: (len(candidate[0]), candidate[1]), default=([], 0.0))[0]
 
@@ -174,7 +178,9 @@ class Store:
             lock = FileLock(path, timeout=timeout, mode=PRIVATE_FILE, thread_local=False)
             lock.acquire()
         except Timeout:
-            events.emit("note", "", f"another process has made the same artifact for {timeout:g} s; not waiting longer")
+            if timeout > 0:
+                said = f"another process has been making the same artifact for {timeout:g} s; not waiting longer"
+                events.emit("note", "", said)
             return None
         except (OSError, NotImplementedError):  # a read-only directory, or a file system without locks
             return None

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compile_policy.artifacts import ArtifactKey, Store
+from compile_policy.artifacts import ArtifactKey, Miss, Store
 from compile_policy.artifacts.bundle import export_bundle, import_bundle
 from compile_policy.artifacts.doctor import examine
 from compile_policy.artifacts.locations import find_store
@@ -159,38 +159,53 @@ def import_(
 @app.command("why-miss")
 def why_miss(
     context: typer.Context,
-    wanted: Annotated[str, typer.Argument(metavar="FACTORS", help="A JSON file with the factors of a key.")],
+    wanted: Annotated[
+        str, typer.Argument(metavar="ARTIFACT", help="How a digest begins, or a JSON file with the factors of a key.")
+    ],
     as_json: AsJson = False,
 ) -> int:
-    """Say which factors keep the nearest stored artifact from fitting."""
+    """Say which factors tell an artifact from its nearest neighbour: why was that one not used?
+
+    After a run that compiled although there was an artifact, name the new one. A file asks for a key that isn't stored.
+    """
     session: Session = context.obj
     store = _store(session)
-    key = _wanted(wanted)
-    rows = store.why_miss(key.factors)
-    hit = store.folders.of(key.digest).is_dir()
+    path = Path(wanted)
+    file = path.suffix == ".json" or path.exists()
+    key = _key_in(path) if file else _key_of(store, wanted)
+    hit = file and store.folders.of(key.digest).is_dir()
+    rows = [] if hit else store.why_miss(key.factors, others=not file)
     if as_json:
-        print(json.dumps({"digest": key.digest, "stored": hit, "differences": [row._asdict() for row in rows]}))
+        print(json.dumps({"digest": key.digest, "hit": hit, "differences": [row._asdict() for row in rows]}))
     elif hit:
         session.terminal.out.print(f"it is no miss: {key.digest[:12]} is stored")
-    elif not store.folders.artifacts(manifests=False):
-        session.terminal.out.print("nothing is stored yet")
+    elif not rows:
+        session.terminal.out.print("there is no other artifact to compare with")
     else:
         print_differences(session.terminal.out, rows)
     return 0
 
 
-def _wanted(name: str) -> ArtifactKey:
+def _key_in(path: Path) -> ArtifactKey:
     """The key that a JSON file describes."""
-    path = Path(name)
     try:
         return ArtifactKey(load_json(path.read_bytes()))
     except OSError as error:
-        problem = f"{name} cannot be read: {error.strerror or error}."
+        problem = f"{path} cannot be read: {error.strerror or error}."
         raise InputError(
             problem, remedy="Name a JSON file with the factors of a key; cache ls --json has some."
         ) from None
     except ValueError as error:
-        raise InputError(f"{name}: {error}.", remedy="It should be one JSON object of factors.") from None
+        raise InputError(f"{path}: {error}.", remedy="It should be one JSON object of factors.") from None
+
+
+def _key_of(store: Store, beginning: str) -> ArtifactKey:
+    """The key of a stored artifact."""
+    (digest,) = _chosen(store, [beginning])
+    found = store.check(digest)
+    if isinstance(found, Miss):
+        raise InputError(f"{digest[:12]} cannot be used: {found.detail}.", remedy="Run compile-policy cache doctor.")
+    return found[0].key
 
 
 def _store(session: Session) -> Store:

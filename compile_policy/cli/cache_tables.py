@@ -116,7 +116,7 @@ def _subject(row: dict[str, Any]) -> Text:
     if "damaged" in row:
         return Text(clean(row["damaged"]), style="red")
     meta = row["meta"]
-    parts = [str(meta[name]) for name in ("component", "class", "model", "entry") if meta.get(name) not in (None, "")]
+    parts = [str(meta[name]) for name in ("component", "class", "kind") if meta.get(name) not in (None, "")]
     return Text(clean(" ".join(parts) or "-"))
 
 
