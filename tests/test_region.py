@@ -174,7 +174,7 @@ def test_over_budget_eager_runs_right_and_says_so(heard: list[events.Event]) -> 
     assert (ours.graphs, ours.calls, ours.eager_calls) == (2, 6, 4)
     assert "max_entries=2" in str(ours.fallback)
     named = [e.message for e in heard if e.kind == "new_entry"]
-    assert named == ["another graph is needed: argument k is 1, was k 0"]
+    assert named == ["another graph is needed: argument k is 1, was 0"]
     assert "budget" in kinds(heard) and "fallback" in kinds(heard)
     ours.module(torch.ones(3), 1)
     assert ours.eager_calls == 4, "what was compiled within the budget still runs compiled"
