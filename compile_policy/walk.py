@@ -53,7 +53,10 @@ class Walk:
         if own["_modules"]:  # with the names of sub-modules that are None
             attributes += (("_modules", tuple(own["_modules"])),)
         hooks = () if root else tuple([_hook(own, kind, key) for kind in _HOOKS for key in own[kind]])
-        tensors = tuple([_tensor(n, t) for group in ("_parameters", "_buffers") for n, t in own[group].items()])
+        tensors = (
+            *[_tensor(n, t, id(t)) for n, t in own["_parameters"].items()],
+            *[_tensor(n, t) for n, t in own["_buffers"].items()],
+        )
         return (self.cls(type(m)), own["training"], hooks, attributes, tensors)
 
     def cls(self, cls: type) -> Hashable:
@@ -176,11 +179,16 @@ def _shallow(value: Any) -> Hashable:
     return (value.__class__, repr(value) if isinstance(value, (float, complex)) else value)  # 0.0 == -0.0, nan != nan
 
 
-def _tensor(name: str, t: torch.Tensor | None) -> tuple[Any, ...]:
+def _tensor(name: str, t: torch.Tensor | None, identity: Hashable = None) -> tuple[Any, ...]:
+    """Identity and metadata of a tensor.
+
+    A parameter is told by its ``id``: torch cannot exchange a parameter that something refers to weakly, and ``.to()``
+    of a quantized one does. A graph keeps the parameters alive that it is bound to, so no other has their ``id``.
+    """
     if t is None:
         return (name, None)
     layout = t.stride() if t.layout is torch.strided else t.layout
-    state = (name, _Same(t), t.__class__, t.dtype, t.device, tuple(t.shape), layout, t.requires_grad)
+    state = (name, identity or _Same(t), t.__class__, t.dtype, t.device, tuple(t.shape), layout, t.requires_grad)
     if t.__class__ in _ORDINARY or not hasattr(t, "__tensor_flatten__"):
         return state
     names, context = t.__tensor_flatten__()  # a quantized weight: tensors in a wrapper

@@ -294,3 +294,143 @@ def region_attached(region: Region) -> Iterator[None]:
         yield
     finally:
         region.detach()
+
+
+# -- what else a forward reads --------------------------------------------------------------------------------------
+
+
+def _adapted() -> Any:
+    """A model whose linear layer has two LoRA adapters that do something."""
+    peft = pytest.importorskip("peft")
+    model = Model().eval()
+    options = peft.LoraConfig(target_modules=["linear"], init_lora_weights=False, r=2)
+    model = peft.inject_adapter_in_model(options, model, adapter_name="a")
+    layer = model.block.linear
+    layer.update_layer("b", r=2, lora_alpha=8, config=options)
+    torch.nn.init.ones_(layer.lora_B["b"].weight)
+    return model.eval()
+
+
+ADAPTERS: dict[str, Callable[[Any], Any]] = {
+    "disabled": lambda layer: layer.enable_adapters(False),
+    "another one": lambda layer: layer.set_adapter("b"),
+    "both": lambda layer: layer.set_adapter(["a", "b"]),
+    "scaled": lambda layer: layer.scaling.__setitem__("a", 5.0),
+    "deleted": lambda layer: layer.delete_adapter("a"),
+}
+
+
+@pytest.mark.parametrize("change", ADAPTERS)
+def test_an_adapter_that_is_switched(change: str) -> None:
+    """Disabled, chosen, scaled and deleted adapters are flags, lists and dicts of a layer: each state has its graph."""
+    model, x = _adapted(), torch.rand(3, 4)
+    ours = region(model)
+    before = ours(x)
+    assert torch.equal(before, model.forward(x))
+    ADAPTERS[change](model.block.linear)
+    assert torch.equal(ours(x), model.forward(x)) and not torch.equal(ours(x), before)
+    assert ours.graphs == 2 and ours.fallback is None
+
+
+def test_an_adapter_merged_and_taken_out_again() -> None:
+    """Merging writes the weights in place and sets a flag; the graph from before serves again after unmerging."""
+    model, x = _adapted(), torch.rand(3, 4)
+    ours, layer = region(model), model.block.linear
+    first = ours(x)
+    layer.merge()
+    torch.testing.assert_close(ours(x), first)
+    layer.unmerge()
+    layer.lora_B["a"].weight.data.mul_(2.0)
+    torch.testing.assert_close(ours(x), model.forward(x))
+    assert not torch.allclose(ours(x), first) and ours.graphs == 2
+
+
+class Wrapped(torch.Tensor):
+    """A weight as quantizers keep it: numbers and a scale in a tensor that has neither."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor, scale: torch.Tensor, kind: str) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=scale.dtype)
+
+    def __init__(self, inner: torch.Tensor, scale: torch.Tensor, kind: str) -> None:
+        self.inner, self.scale, self.kind = inner, scale, kind
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["inner", "scale"], {"kind": self.kind}
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: setattr(w, "inner", w.inner.to(torch.int16)),
+        lambda w: setattr(w, "scale", w.scale.clone()),
+        lambda w: setattr(w, "kind", "int4"),
+    ],
+    ids=["dtype inside", "another scale", "kind"],
+)
+def test_what_is_inside_a_quantized_weight(change: Callable[[Any], Any]) -> None:
+    """A tensor subclass is told by its class, its inner tensors and what it says of itself."""
+    module = nn.Module()
+    module.weight = Wrapped(torch.ones(4, 4, dtype=torch.int8), torch.ones(4), "int8")
+    before = fingerprint(module)
+    assert fingerprint(module) == before
+    change(module.weight)
+    assert fingerprint(module) != before
+
+
+def test_another_class_of_weight_in_the_same_tensor() -> None:
+    """``swap_tensors`` puts another weight, of another class too, into the parameter that a graph is bound to."""
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.ones(4, 4))
+    before, held = fingerprint(module), module.weight
+    torch.utils.swap_tensors(held, torch.ones(4, 4))  # refuses a tensor that something refers to weakly
+    assert module.weight is held and fingerprint(module) != before
+
+
+def test_the_flags_of_a_hook_belong_to_it(model: Model) -> None:
+    """The same function put back with other flags is another hook; put back as it was, the same."""
+
+    def hook(*args: Any) -> None:
+        return None
+
+    def registered(**flags: bool) -> Any:
+        handle = model.block.register_forward_hook(hook, **flags)
+        seen = fingerprint(model)
+        handle.remove()
+        return seen
+
+    assert registered() == registered()
+    assert len({registered(), registered(with_kwargs=True), registered(always_call=True)}) == 3
+
+
+def test_keys_that_look_alike_are_told_apart(model: Model) -> None:
+    """``1`` and ``"1"`` are two keys of a dictionary, and ``0j`` and ``-0j`` two numbers."""
+    model.block.table = {1: 2.0}
+    by_number = fingerprint(model)
+    model.block.table = {"1": 2.0}
+    assert fingerprint(model) != by_number
+    model.block.eps = 0j
+    zero = fingerprint(model)
+    model.block.eps = -0j
+    assert fingerprint(model) != zero
+
+
+def test_a_sub_module_that_is_none_has_a_place(model: Model) -> None:
+    """``hasattr`` tells a registered ``None`` from nothing."""
+    before = fingerprint(model)
+    model.block.register_module("gate", None)
+    assert fingerprint(model) != before and "module tree" in difference(before, fingerprint(model))
+
+
+def test_a_configuration_changed_in_place_by_value(model: Model) -> None:
+    """A list in a configuration is compared by what is in it, not by which list it is."""
+    model.block.config.layer_types = ["full", "sliding"]
+    before = fingerprint(model)
+    model.block.config.layer_types = ["full", "sliding"]
+    assert fingerprint(model) == before
+    model.block.config.layer_types[1] = "full"
+    assert fingerprint(model) != before
