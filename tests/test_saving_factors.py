@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import platform
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -150,7 +151,7 @@ def test_a_change_of_the_process_is_named(model: ModuleType, monkeypatch: pytest
         torch.backends.cuda.enable_flash_sdp(flash)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "2.99")
-        patch.setattr(machine.platform, "python_version", lambda: "3.99")
+        patch.setattr(platform, "python_version", lambda: "3.99")
         assert now() == {"version.torch", "version.python"}
     with monkeypatch.context() as patch:
         patch.setattr(machine, "policy_digest", lambda backend: "edited")
