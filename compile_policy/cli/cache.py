@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from compile_policy.artifacts.secret import read_secret
 from compile_policy.artifacts.upkeep import clear, collect
 from compile_policy.cli.cache_tables import parse_size, print_artifacts, print_differences, print_examination, size_text
 from compile_policy.cli.session import Session
+from compile_policy.cli.warmup import warmup
 from compile_policy.errors import CacheError, InputError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -160,14 +162,16 @@ def import_(
 def why_miss(
     context: typer.Context,
     wanted: Annotated[
-        str, typer.Argument(metavar="ARTIFACT", help="How a digest begins, or a JSON file with the factors of a key.")
+        str, typer.Argument(metavar="WHAT", help="A model, how a digest begins, or a JSON file with a key's factors.")
     ],
     as_json: AsJson = False,
 ) -> int:
-    """Say which factors tell an artifact from its nearest neighbour: why was that one not used?
+    """Say what is not in the store for a model, and which factors differ; or tell an artifact from its neighbour.
 
     After a run that compiled although there was an artifact, name the new one. A file asks for a key that isn't stored.
     """
+    if Path(wanted).is_dir() or not re.fullmatch(r"[0-9a-f]*|.*\.json", wanted):
+        return warmup(context, wanted, check=True, as_json=as_json)
     session: Session = context.obj
     store = _store(session)
     path = Path(wanted)
