@@ -1,5 +1,6 @@
 """Compilation policy for multimodal models: one graph per component, nothing silent."""
 
+from compile_policy import trace as trace
 from compile_policy.applied import apply as apply
 from compile_policy.applied import eager as eager
 from compile_policy.applied import load_model as load_model

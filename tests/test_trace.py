@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from compile_policy.cli import main
 from compile_policy.compiled import CompiledGraph
 from compile_policy.region import Region, RegionOptions, SignatureBinder
 from compile_policy.trace import Span, Trace, tracing
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Doubles(nn.Module):
@@ -129,6 +133,13 @@ def test_a_profiler_sees_components_and_entries() -> None:
         CompiledGraph
     ]
     assert (region.graphs, region.calls) == (2, 4)
+
+
+def test_the_front_door_is_enough() -> None:
+    """Whoever imports the package alone gets names in a profiler."""
+    code = "import compile_policy.region as r; print(r.Region.when_profiled is not None)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
 
 
 def test_profiling_is_torchs_own_flag() -> None:
