@@ -147,7 +147,17 @@ class _Audit:
         node = self.places.node(facts.place)
         if facts.other is not None:
             node = both(node, self.places.node(facts.other))
+        if isinstance(node.value, torch.Tensor) and node.closed:
+            return self._of_argument(facts, node)
         return node if node.closed else self._property(facts, node)
+
+    def _of_argument(self, facts: GuardFacts, node: Node) -> Node:
+        """A property of a tensor of the call; an attribute that somebody set on it is none that the key has."""
+        if facts.kind in _TENSOR or facts.kind in ("TYPE_MATCH", "NOT_NONE_MATCH"):
+            return node
+        if facts.kind == "HASATTR" and hasattr(torch.Tensor, facts.word):
+            return node.then(node.value, "construction", "every tensor has it")
+        raise Uncovered("an attribute of an argument")
 
     def _property(self, facts: GuardFacts, node: Node) -> Node:
         kind = facts.kind

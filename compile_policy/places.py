@@ -137,6 +137,8 @@ class Places:
 
     def attribute(self, name: str, base: Node, attribute: str) -> Node:
         owner = base.value
+        if isinstance(owner, torch.Tensor) and base.closed:
+            raise Uncovered("an attribute of an argument")
         if isinstance(owner, types.ModuleType):
             return self._global(name, base, attribute)
         if isinstance(owner, type):

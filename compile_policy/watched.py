@@ -94,17 +94,20 @@ class Watched:
         """Equal for two that read the same thing. Both keep their owner alive, so its ``id`` is not used again."""
         return (self.how, id(self.owner), self.key.__class__, self.key)
 
-    def read(self) -> Any:
-        return _READERS[self.how](self.owner, self.key)
-
     def holds(self) -> bool:
         """Whether what stands there now is what was there."""
-        now = _READERS[self.how](self.owner, self.key)
+        try:
+            now = _READERS[self.how](self.owner, self.key)
+        except Exception:  # a property that fails, an object half taken apart: not what it was
+            return False
         return now is self.value or same(now, self.value)
 
     def again(self) -> Watched:
         """The same place with the value that stands there now."""
-        return Watched.now(self.name, self.how, self.owner, self.key, self.line)
+        try:
+            return Watched.now(self.name, self.how, self.owner, self.key, self.line)
+        except Exception:
+            return Watched(self.name, self.how, self.owner, self.key, _ABSENT, self.line)
 
 
 def same(a: Any, b: Any) -> bool:

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import compile_policy as cp
-from compile_policy import audit, events
+from compile_policy import audit, events, watched
 from compile_policy.applied import regions
 from compile_policy.audit import COVERS
 from compile_policy.cover import lookup_tables
 from compile_policy.entry import Entry
 from compile_policy.fingerprint import Fingerprint
 from compile_policy.region import Region, RegionOptions, SignatureBinder
+from compile_policy.watched import Watched
 from compile_policy_transformers.tiny import tiny_inputs, tiny_model
 
 FACTOR = 2.0
@@ -317,6 +318,73 @@ def test_modes_and_arguments_are_in_the_key() -> None:
         x = torch.rand(3, 4)
         assert torch.equal(ours(x, *args), Plain()(x, *args))
     assert ours.graphs == 3
+
+
+class ReadsGrad(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.grad is None else x + x.grad
+
+
+class ReadsMark(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if hasattr(x, "mark") else x * 3
+
+
+@pytest.mark.parametrize("module", [ReadsGrad(), ReadsMark()], ids=["grad", "own attribute"])
+def test_what_hangs_on_an_argument_is_refused(module: nn.Module) -> None:
+    """The key knows a tensor by its metadata; a forward that reads what was set on it runs eager, rightly each time."""
+    ours = region(module)
+    x = torch.rand(3, 4)
+    assert torch.equal(ours(x), module(x)) and ours.entry_count() == 0
+    assert "an attribute of an argument" in str(ours.fallback)
+    x.grad, x.mark = torch.ones(3, 4), True  # type: ignore[attr-defined]
+    assert torch.equal(ours(x), module(x))
+
+
+def test_a_property_that_fails_later_is_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a watched value never raises into the caller's call: what cannot be read is not what it was."""
+    block = Block().eval()
+    block.how = "settings"
+    ours, x = region(block), torch.rand(3, 4)
+    ours(x)
+    (entry,) = entries(ours)
+
+    class Fails:
+        @property
+        def scale(self) -> float:
+            raise OSError("gone")
+
+    broken = Fails()
+    value = Watched("broken.scale", "attribute", broken, "scale", 2.0)
+    assert not value.holds() and not value.again().holds()
+    monkeypatch.delattr(SETTINGS, "scale")
+    with pytest.raises(AttributeError, match="scale"):
+        ours(x)
+    assert not all(w.holds() for w in entry.graph.watched)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "same"),
+    [
+        (1, 1, True),
+        (1, True, False),
+        (1, 1.0, False),
+        (0.0, -0.0, False),
+        (float("nan"), float("nan"), True),
+        ("a" * 3, "aaa", True),
+        ((1, 2.0), (1, 2.0), True),
+        ((1, 2), (1, True), False),
+        ([1], [1], False),
+        (frozenset((1,)), frozenset((1,)), True),
+        (SETTINGS, SimpleNamespace(scale=2.0), False),
+        (Block().forward, Block().forward, False),
+        (len, len, True),
+    ],
+    ids=str,
+)
+def test_two_readings_of_a_value(was: Any, now: Any, same: bool) -> None:
+    """Plain values by value and type, everything else by identity: two equal lists are two lists."""
+    assert watched.same(was, now) is same
 
 
 def test_a_table_that_is_looked_up_may_grow(monkeypatch: pytest.MonkeyPatch) -> None:
