@@ -114,7 +114,7 @@ class DecodeSteps:
             return  # the first step of a sequence is proved (`Region`) and remembered, the next ones repeat it
         held = step_cache(carrier.cache, call, entry)
         inputs = step_inputs(kwargs, call, held, binder, module) if held is not None else None
-        if held is not None and inputs is not None and _repeatable(call, entry):
+        if held is not None and inputs is not None and _repeatable(call, entry, inputs):
             steps = self._steps
             cache = weakref.ref(carrier.cache, lambda _: steps.pop(key, None))
             steps[key] = Step(cache, here, entry, list(call.leaves), held, inputs)
@@ -123,9 +123,10 @@ class DecodeSteps:
         self._steps.clear()
 
 
-def _repeatable(call: Call, entry: Entry) -> bool:
-    """Whether the entry writes into nothing but the cache, and returns nothing that it was given but the cache."""
-    returned = [call.paths[i] for kind, i in entry.graph.outputs if kind == "leaf"]
+def _repeatable(call: Call, entry: Entry, inputs: StepInputs) -> bool:
+    """Whether the entry writes into nothing but the cache, and hands back no tensor that was made for it."""
     if entry.written or not entry.output.names <= {"past_key_values"}:
         return False
-    return all(path.startswith("past_key_values.") for path in returned)
+    own = {place for place, _ in inputs.given}
+    returned = [i for kind, i in entry.graph.outputs if kind == "leaf"]
+    return all(i in own or call.paths[i].startswith("past_key_values.") for i in returned)

@@ -154,7 +154,8 @@ def _mask(given: Any, number: int, leaf: torch.Tensor, call: Call, held: StepCac
     if layer is None or not (given is None or given.dim() == 2):
         return None
     # Whatever else the ordinary road put into this mask would be missing in the next one.
-    same = leaf.shape[1:3] == (1, 1) and torch.equal(_row(given, leaf.shape[0], leaf.shape[3], leaf.device), leaf)
+    plain = leaf.dtype is torch.bool and leaf.shape[1:3] == (1, 1)
+    same = plain and torch.equal(_row(given, leaf.shape[0], leaf.shape[3], leaf.device), leaf)
     return _rows(layer, full, leaf, held) if same else None
 
 
