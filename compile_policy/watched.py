@@ -22,8 +22,8 @@ _BY_TEXT = frozenset((float, complex))  # 0.0 == -0.0, nan != nan
 
 
 def _item(owner: Any, key: Any) -> Any:
-    try:
-        return owner[key]
+    try:  # what a dict holds, not what a subclass makes of it at every look (a table that builds activations)
+        return dict.__getitem__(owner, key) if isinstance(owner, dict) else owner[key]
     except (KeyError, IndexError):
         return _ABSENT
 
