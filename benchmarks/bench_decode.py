@@ -26,6 +26,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 import compile_policy
+from compile_policy import CompilationConfig
 
 PROMPTS = (40, 57, 23)
 
@@ -75,7 +76,7 @@ def contenders(model: PreTrainedModel, cache: str) -> list[Contender]:
 
     rows = [
         made("eager", lambda m: None),
-        made("compile-policy", lambda m: compile_policy.apply(m)),
+        made("compile-policy", lambda m: compile_policy.apply(m, CompilationConfig(cache_dir=False))),
         made("decoder.compile(dynamic=True)", lambda m: m.model.compile(dynamic=True)),
         made("accelerate compile_regions", regional),
     ]

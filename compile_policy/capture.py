@@ -151,7 +151,9 @@ class _Catcher:
             code: Callable[..., Any] = gm.forward
         else:
             code = self.lowering(gm, example_inputs)
-        self.graph = CompiledGraph(code, arguments, [], accepts, readable=readable, sources=sources, traced=traced_code())
+        self.graph = CompiledGraph(
+            code, arguments, [], accepts, readable=readable, sources=sources, traced=traced_code()
+        )
 
         def run_and_note(*inputs: Any) -> Any:
             self.outputs = code(*inputs)

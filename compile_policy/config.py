@@ -70,9 +70,10 @@ class CompilationConfig(BaseModel):
     """False: the policy leaves the model alone. ``COMPILE_POLICY_DISABLE=1`` sets this, whatever other sources say."""
 
     mode: int = Field(default=2, ge=0, le=3)
-    """Optimisation level, also spelled ``-O0`` to ``-O3``: 0 eager, 1 and 2 whole components, 3 autotuned kernels.
+    """Optimisation level, also spelled ``-O0`` to ``-O3``: 0 eager, 1 and 2 whole components whose equal blocks are
+    compiled once, 3 each graph in one piece with autotuned kernels.
 
-    Level 1 is meant for blocks alone, with the model's own Python around them; that is not built yet.
+    Level 1 is meant for blocks alone, with the model's own Python around them; that is not built yet, so it is level 2.
     """
 
     backend: Literal["inductor", "aot_eager", "eager"] = "inductor"

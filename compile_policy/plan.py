@@ -63,6 +63,7 @@ class ComponentReport:
         eager_calls: those of them that ran eager.
         compile_seconds: wall-clock seconds spent on capture and lowering.
         fallback: why the component runs eager although it was to be compiled; ``None`` when it doesn't.
+        blocks: how many blocks of its graph are the same code, in words; ``None`` when the graph is in one piece.
     """
 
     role: str
@@ -76,6 +77,7 @@ class ComponentReport:
     compile_seconds: float = 0.0
     fallback: str | None = None
     loaded: int = 0
+    blocks: str | None = None
 
 
 @dataclass(frozen=True)

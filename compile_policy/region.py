@@ -324,6 +324,7 @@ class Region:
         entry.seconds = time.perf_counter() - started
         self._add(call, entry)
         said = {"seconds": entry.seconds, "entry": entry.number, "road": entry.graph.road}
+        said |= {"blocks": blocks} if (blocks := self._blocks()) else {}
         emit("compile_end", self.name, f"compiled in {entry.seconds:.1f} s", **said)
         if self.options.dump is not None:
             self.options.dump(self, entry)
@@ -411,7 +412,14 @@ class Region:
             compile_seconds=round(self.compile_seconds, 3),
             fallback=self.fallback,
             loaded=self.loaded,
+            blocks=self._blocks(),
         )
+
+    def _blocks(self) -> str | None:
+        """How the graph made last was divided, where it was."""
+        entries = [e for found in self.entries.values() for e in found]
+        blocks = entries[-1].graph.blocks if entries else None
+        return str(blocks) if blocks is not None and blocks.instances else None
 
 
 def _verdict(call: Call) -> Verdict:

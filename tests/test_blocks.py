@@ -12,8 +12,10 @@ from compile_policy.ahead import Sizes, lower_ahead
 from compile_policy.blocks import BlockSummary
 from compile_policy.capture import compile_call
 from compile_policy.compiled import CompiledGraph
+from compile_policy.events import Event, listening
 from compile_policy.lowering import AheadOfTime
 from compile_policy.program import Package, Program
+from compile_policy.region import Region, RegionOptions, SignatureBinder
 
 
 class Interpreted(AheadOfTime):
@@ -233,6 +235,24 @@ def test_writing_into_an_argument_stays_in_place(views: bool) -> None:
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b)
     assert not torch.equal(mine[1], leaves[1]) and not torch.equal(mine[2], leaves[2])
+
+
+class Options(RegionOptions):
+    def lowering(self) -> Any:
+        return Interpreted("inductor")
+
+
+def test_report_and_event_say_how_the_graph_was_divided() -> None:
+    """Two kinds of block out of four, in the words that the tables print; a graph in one piece says nothing."""
+    events: list[Event] = []
+    reports = []
+    for blocks in ([Block(), Narrow(), Block(), Narrow()], [Block()]):
+        region = Region(Stack(blocks), role="t", binder=SignatureBinder({"x": {0: None}}), options=Options())
+        with listening(events.append), torch.no_grad():
+            region(torch.rand(3, 4))
+        reports.append(region.report().blocks)
+    assert reports == ["2 distinct blocks of 4", None]
+    assert [e.data.get("blocks") for e in events if e.kind == "compile_end"] == reports
 
 
 def test_a_single_row_has_code_of_its_own() -> None:

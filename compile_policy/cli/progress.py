@@ -44,7 +44,8 @@ class Progress:
         self.stop()
         seconds = event.data.get("seconds")
         took = f" in {seconds:.1f} s" if isinstance(seconds, int | float) else ""
-        self.terminal.note(f"compiled {event.component}{took}", style="green")
+        blocks = f", {event.data['blocks']}" if event.data.get("blocks") else ""
+        self.terminal.note(f"compiled {event.component}{took}{blocks}", style="green")
 
     def _on_loaded(self, event: Event) -> None:
         self.terminal.note(f"{event.component}: {event.message}", style="green")

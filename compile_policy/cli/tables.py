@@ -117,7 +117,7 @@ def _full(rows: Sequence[Row], *, counted: bool) -> Table:
         name = Text(clean(row["role"]), style="bold")
         if row["qualname"]:
             name.append(f"\n{clean(row['qualname'])}", style="not bold dim")
-        cells = [name, Text(clean(row["cls"])), _decision(row), Text(clean(row["reason"]))]
+        cells = [name, Text(clean(row["cls"])), _decision(row), Text(_why(row))]
         if counted:
             cells += [*_counts(row), _fallback(row["fallback"])]
         table.add_row(*cells)
@@ -139,11 +139,16 @@ def _short(rows: Sequence[Row]) -> Table:
 
 def _sentences(row: Row, *, counted: bool, tabular: bool) -> Iterable[Text]:
     """What the short table leaves out, or all there is when there is no room for a table."""
-    yield Text.assemble((f"{row['decision']}: ", _STYLES.get(row["decision"], "")), clean(row["reason"]))
+    yield Text.assemble((f"{row['decision']}: ", _STYLES.get(row["decision"], "")), _why(row))
     if counted and not tabular:
         yield Text(", ".join(f"{title} {cell.plain}" for title, cell in zip(_COUNTS, _counts(row), strict=True)))
     if counted and (row["fallback"] or not tabular):
         yield Text.assemble("fallback: ", _fallback(row["fallback"]))
+
+
+def _why(row: Row) -> str:
+    """The reason, and how the graph was divided where that is known."""
+    return clean("; ".join(part for part in (row["reason"], row.get("blocks")) if part))
 
 
 def _add_counts(table: Table) -> None:
