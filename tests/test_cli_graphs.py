@@ -30,6 +30,19 @@ class Gated(torch.nn.Module):
         return (gate * x).softmax(-1)
 
 
+class Deep(torch.nn.Module):
+    """The same block over and over."""
+
+    def __init__(self, depth: int, last: Any = torch.nn.functional.silu) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Gated(last if i == depth - 1 else torch.tanh) for i in range(depth)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 def _dump(root: Path, module: torch.nn.Module, qualname: str = "net", *, backend: str = "aot_eager") -> None:
     options = RegionOptions(backend=backend, on_fault="error", dump=GraphDump(root))
     binder = SignatureBinder({"x": {0: "rows"}})
@@ -46,6 +59,8 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _dump(root / "one", Gated(torch.tanh), "\x1b[31mother<b>")
     _dump(root / "two", Gated(torch.nn.functional.gelu))
     _dump(root / "same", Gated(torch.nn.functional.gelu))
+    _dump(root / "deep", Deep(6, torch.tanh), backend="eager")
+    _dump(root / "other", Deep(6), backend="eager")
     return root
 
 
@@ -101,6 +116,64 @@ def test_show_other_files(dumps: Path, run: Run) -> None:
     assert [op["op"] for op in json.loads(run("show", entry, "--json"))["ops"]] == ["linear", "silu", "mul", "softmax"]
 
 
+def test_show_an_operation_and_its_kernel(dumps: Path, run: Run) -> None:
+    """Forward from an operation to its line and kernel, and back from the kernel to the operation and the line."""
+    entry = dumps / "one" / "component-net"
+    out = run("show", entry, "--op", "gate")
+    assert "gate = self.act(self.linear(x))" in out
+    assert "aten." in out
+    shown = json.loads(run("show", entry, "--json", "--op", "gate"))
+    (kernel,) = shown["kernels"]
+    assert kernel["name"].startswith("cpp_fused")
+    assert "> " in out
+    out = run("show", entry, "--kernel", kernel["name"])
+    assert "gate = self.act(self.linear(x))" in out
+    assert "extern" in out
+    back = json.loads(run("show", entry, "--json", "--kernel", kernel["number"]))
+    assert "gate" in [op["name"] for op in back["ops"]]
+    assert back["kernel"]["name"] == kernel["name"]
+    library = next(k for k in json.loads(run("stats", entry, "--json"))["entries"][0]["kernels"] if not k["generated"])
+    assert "a library's" in run("show", entry, "--kernel", library["name"])
+
+
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_repeated_blocks_are_shown_once(dumps: Path, run: Run, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    """Six equal blocks are one and a remark; ``--all`` shows each, and what differs is never left out."""
+    monkeypatch.setenv("COLUMNS", columns)
+    out = run("show", dumps / "deep")
+    assert out.count("torch.tanh(") == 1
+    assert "layers.1 ... layers.5: the same operations as layers.0 (--all)" in out
+    assert "and 10 like these in the other blocks" in out
+    assert run("show", dumps / "deep", "--all").count("torch.tanh(") == 6
+    other = run("show", dumps / "other")
+    assert other.count("silu(") == 1
+    assert "layers.1 ... layers.4: the same" in other
+    assert run("find", dumps / "deep", "tanh").count("(x6)") == 1
+    assert run("find", dumps / "deep", "tanh", "--all").count("gate = self.act(self.linear(x))") == 6
+    assert len(json.loads(run("find", dumps / "deep", "tanh", "--json"))["hits"]) == 6
+
+
+def test_costs_are_told(dumps: Path, run: Run) -> None:
+    """Six products of rows x 8 x 8, at the sizes that are asked for."""
+    (entry,) = json.loads(run("stats", dumps / "deep", "--at", "rows=50", "--json"))["entries"]
+    assert entry["kind_costs"]["linear"]["flops"] == 6 * 2 * 50 * 8 * 8
+    out = run("stats", dumps / "deep", "--at", "rows=50")
+    assert "38.4 k" in out
+    assert "layers.*.linear" in out
+    assert "rows=50" in out
+
+
+def test_what_differs_first(dumps: Path, run: Run) -> None:
+    """One sentence says it; what many blocks repeat is told once."""
+    out = run("diff", dumps / "deep", dumps / "other", code=1)
+    assert "first: operation 21 is silu f32[rows, 8], was torch.tanh f32[rows, 8]" in out
+    assert "2 operations differ in 1 places" in out
+    out = run("diff", dumps / "deep", dumps / "one" / "component-net", code=1)
+    assert json.loads(run("diff", dumps / "deep", dumps / "other", "--json", code=1))["first"].startswith(
+        "operation 21"
+    )
+
+
 def test_stats(dumps: Path, run: Run) -> None:
     """Operations by kind and line, and how many went into each kernel."""
     (entry,) = json.loads(run("stats", dumps / "one", "component-net", "--json"))["entries"]
@@ -153,6 +226,11 @@ def test_names_cannot_move_the_cursor(dumps: Path, run: Run) -> None:
         (["show", "one/component-net", "entry-0"], "names an entry already"),
         (["diff", "one", "two"], "fits several"),
         (["stats", "one", "--top", "0"], "--top"),
+        (["stats", "one", "--at", "rows"], "is no list of sizes"),
+        (["show", "two", "--op", "nothing"], "has no operation 'nothing'"),
+        (["show", "two", "--kernel", "nothing"], "has no kernel 'nothing'"),
+        (["show", "two", "--kernel", "0", "--op", "gate"], "ask for different things"),
+        (["html", "two", "absent/page.html"], "cannot write absent/page.html"),
     ],
 )
 def test_mistakes(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import errno
+import gc
 import json
 import multiprocessing
 import random
 import re
 import runpy
+import shutil
 import stat
 import sys
 import threading
@@ -24,16 +26,22 @@ import torch
 import torch._inductor.config as inductor
 from filelock import FileLock
 
+import compile_policy
+from compile_policy.applied import regions
 from compile_policy.config import CompilationConfig
 from compile_policy.configured import region_options
 from compile_policy.errors import InputError
-from compile_policy.events import Event, listening
-from compile_policy.graphs import Dump, GraphDump, folder
+from compile_policy.events import Event, emit, listening
+from compile_policy.graphs import Dump, DumpedEntry, GraphDump, calls, folder, runs
 from compile_policy.graphs.compat import structured_trace
-from compile_policy.graphs.kernels import kernels_of
+from compile_policy.graphs.kernels import kernel_codes, kernels_of, lowered_of
+from compile_policy.graphs.page import page_of
+from compile_policy.graphs.sizes import evaluated, labelled
+from compile_policy.graphs.stats import stats_of
 from compile_policy.graphs.text import file_name
+from compile_policy.graphs.trail import kernel_trail, op_trail
+from compile_policy.graphs.values import values_of
 from compile_policy.region import Region, RegionOptions, SignatureBinder
-from compile_policy_transformers.decoder import DecoderBinder
 from compile_policy_transformers.tiny import tiny_inputs, tiny_model
 
 VICTIM = "<img src=x onerror=alert(1)>\x1b[31m../../evil\nraise SystemExit  # \u202e\x9b1m"
@@ -154,6 +162,69 @@ def test_guards_and_conditions(tmp_path: Path) -> None:
     assert "x.shape[1] == 8" in (folder / "conditions.txt").read_text().splitlines()
 
 
+def test_data_flow_is_written(tmp_path: Path) -> None:
+    """What each operation reads, its dtype, what each input and symbol is, and the model's lines round its own."""
+    _dumped(tmp_path)
+    (entry,) = Dump.open(tmp_path / "dump").entries
+    ops = {op["name"]: op for op in entry.ops()}
+    inputs = {row["name"]: row for row in entry.inputs()}
+    assert [op["dtype"] for op in ops.values()] == ["f32"] * 8
+    for op in ops.values():
+        assert op["inputs"]
+        assert all(name in ops or name in inputs for name in op["inputs"])
+    (weight,) = [row for row in inputs.values() if row["is"] == "layers.1.linear.weight"]
+    assert (weight["kind"], weight["shape"]) == ("tensor", ["8", "8"])
+    assert weight["name"] in ops["hidden_1"]["inputs"]
+    ((symbol, known),) = entry.symbols().items()
+    assert known == {"label": "rows", "size": 2}
+    assert ops["silu"]["shape"] == [symbol, "8"]
+    assert "f32[rows, 8]" in entry.read("captured")
+    source = ops["silu_1"]["source"]
+    assert entry.sources()[source["file"]][source["line"]].strip() == source["code"]
+    assert source["caller"].endswith("x = layer(x)")
+
+
+def test_costs(tmp_path: Path) -> None:
+    """Counted by hand: two products of rows x 8 x 8, two silus, two products, a sum and a scale."""
+    _dumped(tmp_path)
+    (entry,) = Dump.open(tmp_path / "dump").entries
+    for rows in (2, 100):
+        numbers = stats_of(entry, {"rows": rows})
+        assert numbers.kind_costs["linear"].flops == 2 * (2 * rows * 8 * 8)
+        assert numbers.kind_costs["silu"].flops == 2 * rows * 8
+        assert numbers.cost.flops == 2 * (2 * rows * 64 + 2 * rows * 8) + rows * 8 + rows
+        assert numbers.kind_costs["silu"].bytes == 2 * 2 * rows * 8 * 4
+        assert numbers.cost.unknown == 0
+    assert stats_of(entry).cost == stats_of(entry, {"rows": 2}).cost
+
+
+@pytest.mark.parametrize(
+    ("size", "value"),
+    [("8", 8), ("s1 + s20", 11), ("((4*s20)//s1)", 10), ("Max(s1, s20)", 8), ("u0", None), ("s1 ** s20", None),
+     ("__import__('os')", None), ("s1.real", None), ("9" * 300 + "*s1", None), ("1/0", None), ("(" * 300, None)],
+)  # fmt: skip
+def test_sizes_are_arithmetic(size: str, value: int | None) -> None:
+    """A size from a dump is worked out, never run."""
+    assert evaluated([size], {"s1": 3, "s20": 8}) == (None if value is None else (value,))
+    assert labelled("s1 + s20", {"s1": {"label": "past"}, "s20": {"label": None}}) == "past + s20"
+
+
+def test_values_of_a_printed_graph() -> None:
+    """Inputs under their nodes' names, operations with what they read, whatever else a line has in it."""
+    values = values_of(
+        "class GraphModule(torch.nn.Module):\n"
+        '    def forward(self, s0: "Sym(s0)", L_x_: "f32[s0, 8]"):\n'
+        "        l_x_ = L_x_\n"
+        '        dim: "f32[s0, 8][8, 1]cpu" = l_x_.dim(l_x_, dim = -1);  l_x_ = None\n'
+        "        pair = torch.split(dim, 'dim')\n"
+        "        return (pair,)\n"
+    )
+    assert values["l_x_"].shape == values["dim"].shape == ("s0", "8")
+    assert (values["dim"].dtype, values["dim"].inputs) == ("f32", ("l_x_",))
+    assert (values["pair"].shape, values["pair"].inputs) == (None, ("dim",))
+    assert values["return"].inputs == ("pair",)
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_kernels(tmp_path: Path, grad: bool) -> None:
     """Lowered graph, generated code and the operations in each kernel, with whatever lowers the graph."""
@@ -167,6 +238,31 @@ def test_kernels(tmp_path: Path, grad: bool) -> None:
     assert "hidden" in {op for k in kernels if not k.generated for op in k.captured}
     if grad:
         assert {"aot_joint_graph", "aot_forward_graph", "aot_backward_graph"} <= set(entry.files)
+    else:
+        _of_packages(entry)
+
+
+def _of_packages(entry: DumpedEntry) -> None:
+    """Two blocks that share a package: each kernel of it has the operations of both, and those their lowered ones."""
+    assert entry.record["road"] == "ahead"
+    assert sorted(entry.record["segments"]) != sorted(set(entry.record["segments"]))
+    assert len(entry.packages) == len({*entry.record["segments"], *entry.record["special"]})
+    (shared,) = [k for k in kernels_of(entry) if k.times == 2 and "silu" in k.captured and not k.special]
+    assert {"silu", "silu_1"} <= set(shared.captured)
+    lowered = lowered_of(entry)
+    assert lowered["silu"] == lowered["silu_1"]
+    trail = op_trail(entry, "silu_1")
+    assert trail.op["source"]["code"] == "return torch.nn.functional.silu(hidden) * x"
+    assert trail.around[trail.op["source"]["line"]].strip() == trail.op["source"]["code"]
+    assert shared in trail.kernels.values()
+    back = kernel_trail(entry, shared.name)
+    assert "silu_1" in [op["name"] for op in back.ops]
+    assert shared.name in back.code
+    numbers = stats_of(entry)
+    general = [k for k in numbers.kernels if not k.special]
+    assert numbers.kernel_calls == sum(k.times for k in general) > len(general)
+    assert numbers.moved is not None
+    assert 0 < numbers.moved < numbers.cost.bytes
 
 
 def test_kernels_that_a_cache_has(tmp_path: Path) -> None:
@@ -182,6 +278,22 @@ def test_kernels_that_a_cache_has(tmp_path: Path) -> None:
         hits = counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
         assert (hits > before) == (name == "second")
     assert texts[0] == texts[1]
+
+
+def test_entry_that_comes_ready(tmp_path: Path) -> None:
+    """An entry that was not compiled here is dumped too: its graph, and the code that its packages carry."""
+    region = _region(GraphDump(tmp_path / "made"), backend="inductor")
+    _run(region)
+    (entry,) = [e for found in region.entries.values() for e in found]
+    GraphDump(tmp_path / "ready")(region, entry)
+    (made,), (ready,) = Dump.open(tmp_path / "made").entries, Dump.open(tmp_path / "ready").entries
+    assert ready.ops() == made.ops()
+    for number in range(len(made.packages)):
+        assert kernel_codes(ready, number) == kernel_codes(made, number) != {}
+    assert {k.name for k in kernels_of(ready)} == {k.name for k in kernels_of(made) if k.generated}
+    assert "came ready" in ready.record["notes"][0]
+    assert stats_of(ready).moved is None
+    assert page_of(Dump.open(tmp_path / "ready"))
 
 
 def test_origins_can_be_left_out(tmp_path: Path) -> None:
@@ -208,17 +320,24 @@ def _unharmed(region: Region) -> None:
     assert (region.graphs, region.entry_count(), region.fallback, region.eager_calls) == (1, 1, None, 0)
 
 
-def test_generation_is_the_same(tmp_path: Path) -> None:
-    """A decoder gives the same tokens with a dump as eager, from one graph."""
+def test_generation_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder gives the same tokens with a dump as eager, from one graph; plan, events and runs are told."""
+    monkeypatch.setattr(calls, "_EVERY", 0.0)
     model = tiny_model("llama")
     inputs = tiny_inputs(model, text_len=5)
     eager = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    options = RegionOptions(backend="aot_eager", on_fault="error", dump=GraphDump(tmp_path))
-    region = Region(model.model, role="decoder", qualname="model", binder=DecoderBinder(model.model), options=options)
-    region.attach()
+    compile_policy.apply(model, CompilationConfig(debug_dump_path=tmp_path, backend="aot_eager", on_fault="error"))
     assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), eager)
-    assert region.graphs == 1
+    (region,) = regions(model)
+    assert (region.graphs, region.eager_calls) == (1, 0)
     (entry,) = Dump.open(tmp_path).entries
+    (run,) = Dump.open(tmp_path).runs()
+    (plan,) = run.plans()
+    assert [c["role"] for c in plan["components"] if c["decision"] == "compile"] == ["decoder"]
+    assert "compile_end" in {event["kind"] for event in run.events()}
+    assert run.name == entry.record["run"]
+    assert len(run.calls()) >= 4
+    assert {call["entry"] for call in run.calls()} == {entry.id}
     text = entry.read("captured")
     ast.parse(text)
     assert "  # layers.1.self_attn.q_proj.weight" in text
@@ -280,6 +399,52 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
         _unharmed(_region(dump))
     (event,) = [event for event in events if event.kind == "skipped"]
     assert str(tmp_path / "file" / "dump") in event.message
+
+
+def test_calls_are_timed_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many runs are noted and no more; then the graph is as it was, and was what a trace makes of it all along."""
+    monkeypatch.setattr(calls, "MOST_CALLS", 3)
+    monkeypatch.setattr(calls, "_EVERY", 0.0)
+    region = _region(GraphDump(tmp_path))
+    first = _run(region)
+    (entry,) = [e for found in region.entries.values() for e in found]
+    seen = []
+    cls = type(entry.graph)
+    entry.graph.__class__ = type(
+        "Traced", (cls,), {"run": lambda self, leaves: seen.append(1) or cls.run(self, leaves)}
+    )
+    for _ in range(4):
+        assert torch.equal(_run(region), first)
+    assert len(seen) == 4
+    assert "run" not in vars(entry.graph)
+    assert len(Dump.open(tmp_path).runs()[0].calls()) == 3
+
+
+def test_runs_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events and calls stop at their limit, and a folder that goes away stops nothing."""
+    monkeypatch.setattr(runs, "MAX_BYTES", 1500)
+    dump = GraphDump(tmp_path / "dump")
+    for _ in range(50):
+        emit("note", "component net", "said again and again")
+    (path,) = (tmp_path / "dump" / "runs").glob("*/events.jsonl")
+    assert 1000 < path.stat().st_size <= 1500
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    shutil.rmtree(tmp_path / "dump")
+    (tmp_path / "dump").write_text("in the way")
+    with _events() as events:
+        emit("note", "component net", "said once more")
+    assert len(events) == 1
+    del dump
+
+
+def test_events_end_with_the_dump(tmp_path: Path) -> None:
+    """Nothing is written for a dump that nobody has any more."""
+    dump = GraphDump(tmp_path)
+    emit("note", "", "while it lives")
+    del dump
+    gc.collect()
+    emit("note", "", "afterwards")
+    assert [event["message"] for event in Dump.runs(Dump(tmp_path, ()))[0].events()] == ["while it lives"]
 
 
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,7 @@ def test_operations_lines_and_kernels_refer_to_each_other(text: str) -> None:
     """From every generated kernel to a line of the model, and from an operation of each block to its kernel."""
     entry = next(e for e in _Parsed(text).data["entries"] if e["component"] == "component stack")
     own = Path(__file__).read_text().splitlines()
-    for name, _, _, lowered, members, code, _ in entry["kernels"]:
+    for name, _, _, lowered, members, code, *_ in entry["kernels"]:
         assert all(0 <= n < len(entry["lowered"]) for n in lowered)
         for member in members:
             file, line, _, said, _ = entry["sources"][entry["ops"][member][4]]

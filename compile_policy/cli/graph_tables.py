@@ -105,19 +105,23 @@ def _print_kernels(console: Console, stats: Stats, top: int) -> None:
         console.print(Text("no kernels: the backend generated no code, or it is not in the dump", style="dim"))
         return
     table = _table("#", "lowered", "captured", "runs", "moves", "kernel")
-    groups: dict[tuple[str, int], list[tuple[Kernel, int | None, int]]] = {}
+    groups: dict[tuple[str, int, bool], list[tuple[Kernel, int | None, int]]] = {}
     for number, (kernel, moved) in enumerate(zip(stats.kernels, stats.kernel_bytes, strict=True)):
-        groups.setdefault((kernel.name, len(kernel.lowered)), []).append((kernel, moved, number))
+        groups.setdefault((kernel.name, len(kernel.lowered), kernel.special), []).append((kernel, moved, number))
     rows = sorted(groups.values(), key=lambda same: (-len(same[0][0].lowered), same[0][2]))
     for same in rows[:top]:
         kernel, moved, number = same[0]
         runs = sum(one.times for one, _, _ in same)
         cells = (str(number), str(len(kernel.lowered)), str(len(kernel.captured)), str(runs))
-        table.add_row(*cells, "" if moved is None else amount(moved, "B"), Text(clean(kernel.name)))
+        table.add_row(
+            *cells,
+            "" if moved is None else amount(moved, "B"),
+            Text(clean(kernel.name + " (frequent sizes)" * kernel.special)),
+        )
     if len(rows) > top:
         table.add_row("", "", "", "", "", Text(f"{len(rows) - top} others, of fewer operations (--top)", style="dim"))
     console.print(table)
-    generated = sum(kernel.times for kernel in stats.kernels if kernel.generated)
+    generated = sum(kernel.times for kernel in stats.kernels if kernel.generated and not kernel.special)
     said = f"{stats.kernel_calls:,} kernel calls, {generated:,} of generated code"
     console.print(Text(f"{said}; {stats.fused:,} lowered operations fused"))
     console.print()

@@ -144,6 +144,7 @@ def kernel_said(number: int, kernel: Kernel) -> str:
     """``5 cpp_fused_mul_silu_5: generated, 7 operations, in 32 blocks``."""
     kind = "generated" if kernel.generated else "library"
     times = f", runs {kernel.times} times" if kernel.times > 1 else ""
+    times += ", in calls of frequent sizes" if kernel.special else ""
     members = f", {len(kernel.lowered)} lowered operations" if kernel.lowered else ""
     return f"{number} {kernel.name}: {kind}{members}{times}"
 

@@ -1,7 +1,7 @@
 """When each entry of a dump was called, and how long it took: for the time line.
 
-The path of a call knows nothing of this. A dump puts a stopwatch in front of the one entry object that it has written,
-so runs without a dump pay nothing, and an entry that has been timed often enough is as it was.
+The path of a call knows nothing of this. A dump puts a stopwatch in front of the one graph that it has written, so runs
+without a dump pay nothing, and a graph that has been timed often enough is as it was.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from compile_policy.entry import Entry
 from compile_policy.graphs.runs import CALLS, append
 
-#: Calls of one entry that are noted.
+#: Runs of one graph that are noted.
 MOST_CALLS = 5000
 _EVERY = 1.0  # seconds between two writes
 
@@ -33,26 +33,26 @@ class CallLog:
         atexit.register(self.flush)
 
     def watch(self, entry: Entry, name: str, component: str) -> None:
-        """Note the calls of ``entry`` from now on.
+        """Note the runs of the graph of ``entry`` from now on.
 
         Args:
             name: the entry's id in the dump.
             component: role and path.
         """
-        run, left = entry.run, MOST_CALLS
+        graph, left = entry.graph, MOST_CALLS
 
-        def timed(call: Any) -> Any:
+        def timed(leaves: Any) -> Any:
             nonlocal left
             started = time.perf_counter()
-            result = run(call)
+            result = type(graph).run(graph, leaves)  # of the class that it has by now: a trace may have changed it
             seconds = time.perf_counter() - started
             left -= 1
             if left <= 0:
-                entry.__dict__.pop("run", None)
+                graph.__dict__.pop("run", None)
             self._note(name, component, seconds)
             return result
 
-        entry.__dict__["run"] = timed
+        graph.__dict__["run"] = timed
 
     def _note(self, name: str, component: str, seconds: float) -> None:
         now = time.time()

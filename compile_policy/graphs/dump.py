@@ -24,6 +24,7 @@ from compile_policy.graphs.calls import CallLog
 from compile_policy.graphs.captured import captured_text
 from compile_policy.graphs.folder import DumpFolder, EntryFolder
 from compile_policy.graphs.inputs import input_names, input_rows, symbols_of
+from compile_policy.graphs.packages import texts_of
 from compile_policy.graphs.record import conditions_text, entry_record
 from compile_policy.graphs.recording import Recording, record
 from compile_policy.graphs.runs import log_events, run_name
@@ -101,6 +102,8 @@ class GraphDump:
             folder.write("sources", "sources.json", json.dumps(surroundings(entry.graph.sources), indent=1))
             folder.write("conditions", "conditions.txt", conditions_text(entry))
             folder.write("guards", "guards.json", _guards(entry))
+            if not recording.packages:
+                recording.packages = texts_of(entry.graph.program, self._max_bytes)
             self._write_lowered(folder, recording)
             self._write_bytecode(folder, recording)
             self._folder.publish(folder, self._described(folder, details))
@@ -133,7 +136,8 @@ class GraphDump:
 
     def _write_bytecode(self, folder: EntryFolder, recording: Recording) -> None:
         if not recording.bytecode:
-            folder.notes.append("bytecode and lowered graphs were not seen: the compile was not recorded")
+            said = "the compile was not recorded, or the entry came ready from a store"
+            folder.notes.append(f"bytecode and lowered graphs were not seen: {said}")
             return
         code = recording.bytecode[-1]  # the last one is what runs, an earlier one was tried and given up
         try:
@@ -162,4 +166,5 @@ def _rows(rows: Iterable[dict[str, Any]]) -> str:
 def _guards(entry: Entry) -> str:
     guards = entry.graph.guards
     counts = Counter(guard.kind for guard in guards).most_common()
-    return json.dumps({"counts": dict(counts), "guards": [asdict(guard) for guard in guards]}, indent=1)
+    rows = _rows(asdict(guard) for guard in guards)
+    return f'{{"counts": {json.dumps(dict(counts))},\n"guards": {rows.rstrip()}}}\n'

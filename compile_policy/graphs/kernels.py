@@ -30,6 +30,7 @@ class Kernel:
         captured: operations of the captured graph that those came from, in every block that shares the kernel.
         graph: number of the lowered graph, where one captured graph was lowered in several packages.
         times: how often one call of the entry runs it.
+        special: it runs instead of others, in calls of frequent sizes.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Kernel:
     captured: tuple[str, ...] = ()
     graph: int = 0
     times: int = 1
+    special: bool = False
 
     @property
     def generated(self) -> bool:
@@ -50,10 +52,10 @@ def kernels_of(entry: DumpedEntry) -> list[Kernel]:
     Raises:
         InputError: what says which operations are in which kernel is damaged.
     """
-    runs, twins = Counter(_segments(entry)), _twins_of(entry)
+    general, special, twins = Counter(_packages(entry)), Counter(_packages(entry, "special")), _twins_of(entry)
     found: list[Kernel] = []
     for number, prefix in enumerate(entry.packages):
-        times = runs.get(number, 1)
+        times, instead = general.get(number) or special.get(number, 1), number in special and number not in general
         to_captured, calls = _origins(entry, prefix)
         if not calls:
             calls = {name: [] for name in kernel_codes(entry, number)}
@@ -61,7 +63,7 @@ def kernels_of(entry: DumpedEntry) -> list[Kernel]:
             name, _, serial = call.rpartition(":")  # Inductor numbers the calls
             first = dict.fromkeys(pre for node in nodes for pre in to_captured.get(node, ()))
             captured = tuple(dict.fromkeys(op for pre in first for op in (pre, *twins.get(pre, ()))))
-            found.append(Kernel(name if serial.isdigit() else call, tuple(nodes), captured, number, times))
+            found.append(Kernel(name if serial.isdigit() else call, tuple(nodes), captured, number, times, instead))
     return found
 
 
@@ -115,15 +117,19 @@ def _names(mapping: Any) -> dict[str, list[str]]:
     return {str(key): [str(name) for name in names] for key, names in mapping.items()}
 
 
-def _segments(entry: DumpedEntry) -> list[int]:
-    return [package for package in entry.record.get("segments", []) if isinstance(package, int)]
+def _packages(entry: DumpedEntry, kind: str = "segments") -> list[int]:
+    return [package for package in entry.record.get(kind, []) if isinstance(package, int)]
 
 
 def _twins_of(entry: DumpedEntry) -> dict[str, list[str]]:
-    segments = _segments(entry)
-    if len(set(segments)) == len(segments) or "ops" not in entry.files:
+    """Of the packages for any sizes, and of those for frequent ones; where both begin at one block they agree."""
+    if "ops" not in entry.files:
         return {}
-    return _twins(entry.ops(), segments)
+    twins: dict[str, list[str]] = {}
+    for segments in (_packages(entry), _packages(entry, "special")):
+        if len(set(segments)) < len(segments):
+            twins = {**_twins(entry.ops(), segments), **twins}
+    return twins
 
 
 def _twins(ops: Sequence[dict[str, Any]], segments: Sequence[int]) -> dict[str, list[str]]:

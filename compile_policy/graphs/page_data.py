@@ -154,7 +154,7 @@ def _ops(
 
 
 def _kernels(entry: DumpedEntry, ops: list[dict[str, Any]], lowered: _Lowered, kernels: list[Kernel]) -> dict[str, Any]:
-    """Rows of name, lowered graph, times, lowered operations, captured operations, code, bytes."""
+    """Rows of name, lowered graph, times, lowered operations, captured operations, code, bytes, special."""
     numbered = {str(op.get("name")): i for i, op in enumerate(ops)}
     codes, rows = _Table(), []
     of_graph = [kernel_codes(entry, number) for number in range(len(entry.packages))]
@@ -163,7 +163,9 @@ def _kernels(entry: DumpedEntry, ops: list[dict[str, Any]], lowered: _Lowered, k
         code = of_graph[kernel.graph].get(kernel.name, "")
         members = [numbered[name] for name in kernel.captured if name in numbered]
         mine = lowered.numbers_of(kernel.graph, kernel.lowered)
-        rows.append([kernel.name, kernel.graph, kernel.times, mine, sorted(members), codes.number(code), size])
+        rows.append(
+            [kernel.name, kernel.graph, kernel.times, mine, sorted(members), codes.number(code), size, kernel.special]
+        )
     return {"kernels": rows, "codes": codes.values}
 
 
@@ -182,13 +184,13 @@ class _Table:
 
 
 def _guards(guards: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """Kind, what covers it, how many, and some of the names; most frequent first."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """Kind, what covers it, why, how many, and some of the names; most frequent first."""
+    found: dict[tuple[str, str, str], list[str]] = {}
     for guard in guards:
-        said = " - ".join(str(guard[name]) for name in ("covered_by", "rule") if guard.get(name))
-        found.setdefault((str(guard.get("kind")), said), []).append(str(guard.get("name", "")))
-    rows = [[kind, said, len(names), list(dict.fromkeys(names))[:_EXAMPLES]] for (kind, said), names in found.items()]
-    return sorted(rows, key=lambda row: -row[2])
+        key = (str(guard.get("kind")), str(guard.get("covered_by") or ""), str(guard.get("rule") or ""))
+        found.setdefault(key, []).append(str(guard.get("name", "")))
+    rows = [[*key, len(names), list(dict.fromkeys(names))[:_EXAMPLES]] for key, names in found.items()]
+    return sorted(rows, key=lambda row: -row[3])
 
 
 def _source(source: Any) -> tuple[str, int, str, str, str]:

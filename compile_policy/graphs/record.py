@@ -31,6 +31,7 @@ def entry_record(region: Region, entry: Entry, example: dict[int, list[int]], op
         "road": str(getattr(entry.graph, "road", "jit")),
         "why_jit": entry.graph.why_jit,
         "segments": _segments(entry),
+        "special": _special(entry),
         "key": _key(entry),
         "arguments": _arguments(entry, example),
         "labels": _labels(entry, example),
@@ -106,6 +107,12 @@ def _segments(entry: Entry) -> list[int]:
     """The package that each step of a program runs, in order; where blocks repeat, one package serves many."""
     program = getattr(entry.graph, "program", None)
     return [] if program is None else [segment.package for segment in program.segments]
+
+
+def _special(entry: Entry) -> list[int]:
+    """The packages that run instead in calls of frequent sizes; empty where there are none."""
+    special = getattr(getattr(entry.graph, "program", None), "special", None)
+    return [] if special is None else list(special.packages)
 
 
 def _modules(region: Region, ops: Sequence[Op]) -> dict[str, str]:

@@ -45,18 +45,21 @@ class Stats:
     @property
     def moved(self) -> int | None:
         """Bytes that one call's kernels move; ``None`` where that is not known of each."""
-        known = [b * k.times for b, k in zip(self.kernel_bytes, self.kernels, strict=True) if b is not None]
-        return sum(known) if known and len(known) == len(self.kernels) else None
+        run = [(b, k.times) for b, k in zip(self.kernel_bytes, self.kernels, strict=True) if not k.special]
+        known = [moved * times for moved, times in run if moved is not None]
+        return sum(known) if known and len(known) == len(run) else None
 
     @property
     def kernel_calls(self) -> int:
-        """Kernels that one call runs; of a package that serves many blocks, those of every block."""
-        return sum(kernel.times for kernel in self.kernels)
+        """Kernels that one call runs: of a package that serves many blocks, those of every block; no special ones."""
+        return sum(kernel.times for kernel in self.kernels if not kernel.special)
 
     @property
     def fused(self) -> int:
         """Operations of the lowered graph that share a generated kernel with another."""
-        return len({op for k in self.kernels if k.generated and len(k.lowered) > 1 for op in k.lowered})
+        return len(
+            {op for k in self.kernels if k.generated and not k.special and len(k.lowered) > 1 for op in k.lowered}
+        )
 
     def to_dict(self) -> dict[str, Any]:
         kernels = [

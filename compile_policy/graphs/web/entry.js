@@ -29,7 +29,7 @@ function kernelsSaid(entry) {
 
 function tabTitle(entry, name, title) {
   if (name === "kernels") return `${title} ${entry.kernels.length}`;
-  if (name === "guards") return `${title} ${entry.guards.reduce((sum, row) => sum + row[2], 0)}`;
+  if (name === "guards") return `${title} ${entry.guards.reduce((sum, row) => sum + row[3], 0)}`;
   return title;
 }
 
@@ -77,7 +77,7 @@ function kernelList(entry, chosen, jump) {
     const name = kernel.name.replace(/^cpp_fused_|^triton_\w+?_fused_/, "");
     return el("div", { class: `row op ${kernel.library ? "library" : ""}`, role: "option", "data-kernel": kernel.index, "aria-selected": String(kernel.index === chosen), title: kernel.name, onclick: () => jump("kernel", kernel.index) },
       el("span", { class: "number" }, String(kernel.index + 1)),
-      el("div", { class: "name" }, el("span", { class: "title" }, name), kernel.times > 1 ? el("span", { class: "fold" }, `× ${kernel.times}`) : null),
+      el("div", { class: "name" }, el("span", { class: "title" }, name), kernel.times > 1 ? el("span", { class: "fold" }, `× ${kernel.times}`) : null, kernel.special ? el("span", { class: "is" }, "frequent sizes") : null),
       el("span", { class: "type" }, commonModule(kernel.ops.map((i) => entry.ops[i].module))),
       el("span", { class: "share" }, count(kernel.lowered.length, "op"), bar));
   }));
@@ -103,12 +103,15 @@ function inputsView(entry) {
 }
 
 function guardsView(entry) {
-  const said = entry.guards.some((row) => row[1]);
-  const rows = entry.guards.map(([kind, covers, n, names]) => [el("code", {}, kind), ...(said ? [covers || el("span", { class: "soft" }, "not said")] : []), String(n),
-    el("span", { class: "code soft" }, names.filter(Boolean).join("\n") ? names.slice(0, 4).join("  ") + (names.length > 4 ? " …" : "") : "")]);
+  const covers = new Map();
+  for (const [, cover, , n] of entry.guards) covers.set(cover || "not said", (covers.get(cover || "not said") || 0) + n);
+  const rows = entry.guards.map(([kind, cover, rule, n, names]) => [el("code", {}, kind), [chip(cover || "not said", cover ? "accent" : ""), rule ? el("div", { class: "soft" }, rule) : null], String(n),
+    el("span", { class: "code soft" }, names.slice(0, 3).join("  ") + (n > 3 ? " …" : ""))]);
   return [el("h2", {}, "What Dynamo would have checked at every call"),
-    el("p", { class: "soft" }, "None of these is evaluated: call key, conditions on sizes and the fingerprint of the module stand for them."),
-    rows.length ? table(["!guard", ...(said ? ["covered by"] : []), "#how many", "of what, for example"], rows) : el("p", {}, "The dump has no guards of this entry.")];
+    el("p", { class: "soft" }, "None of these is evaluated. Each is covered by something else:"),
+    el("div", { class: "facts" }, [...covers].sort((a, b) => b[1] - a[1]).map(([cover, n]) => fact(n.toLocaleString("en"), cover))),
+    el("h2", {}, "One by one"),
+    rows.length ? table(["!guard", "covered by", "#how many", "of what, for example"], rows) : el("p", {}, "The dump has no guards of this entry.")];
 }
 
 function codeView(entry) {

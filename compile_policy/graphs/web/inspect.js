@@ -61,7 +61,7 @@ class Inspector {
     this.show(
       el("h1", {}, kernel.name),
       el("div", {}, chip(kernel.library ? "library" : "generated", "accent"), " ", chip(count(kernel.lowered.length, "lowered operation")), " ",
-        kernel.bytes ? [chip(`moves about ${short(kernel.bytes, "B")}`), " "] : null, kernel.times > 1 ? chip(`runs in ${kernel.times} blocks`) : null),
+        kernel.bytes ? [chip(`moves about ${short(kernel.bytes, "B")}`), " "] : null, kernel.times > 1 ? [chip(`runs in ${kernel.times} blocks`), " "] : null, kernel.special ? chip("in calls of frequent sizes") : null),
       el("h3", {}, "Lines of the model"),
       sorted.length ? sorted.map(({ source, ops }) => el("button", { class: "line", onclick: () => this.jump("op", ops[0]) },
         el("span", { class: "code" }, source[3] || "(line not known)"),
@@ -119,7 +119,7 @@ class Inspector {
     return numbers.map((n) => {
       const kernel = this.entry.kernels[n];
       return el("button", { class: "kernel", "data-kernel": n, onclick: () => this.jump("kernel", n) }, el("span", { class: "code" }, kernel.name),
-        el("span", { class: "soft" }, `${kernel.library ? "library" : "generated"} · ${count(kernel.lowered.length, "operation")}`));
+        el("span", { class: "soft" }, `${kernel.library ? "library" : "generated"} · ${count(kernel.lowered.length, "operation")}${kernel.special ? " · in calls of frequent sizes" : ""}`));
     });
   }
 

@@ -8,12 +8,12 @@ class Entry {
     }));
     for (const op of this.ops) for (const from of op.inputs) if (from >= 0) this.ops[from].users.push(op.index);
     this.kernels = raw.kernels.map((row, i) => ({
-      index: i, name: row[0], graph: row[1], times: row[2], lowered: row[3], ops: row[4], code: raw.codes[row[5]] || "", bytes: row[6],
+      index: i, name: row[0], graph: row[1], times: row[2], lowered: row[3], ops: row[4], code: raw.codes[row[5]] || "", bytes: row[6], special: row[7],
       library: /^(extern_kernels\.|torch\.ops\.|aten\.|aoti_torch_)/.test(row[0]),
     }));
     this.flops = this.ops.reduce((sum, op) => sum + op.flops, 0);
     this.byName = new Map(this.ops.map((op) => [op.name, op.index]));
-    this.kernelCalls = this.kernels.reduce((sum, kernel) => sum + kernel.times, 0);
+    this.kernelCalls = this.kernels.reduce((sum, kernel) => sum + (kernel.special ? 0 : kernel.times), 0);
     this.label = this.id.slice(this.id.lastIndexOf("/") + 1);
   }
 

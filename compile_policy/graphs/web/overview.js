@@ -2,7 +2,7 @@
 function showOverview(main) {
   const plans = data.runs.flatMap((run) => run.plans);
   const total = (f) => entries.reduce((sum, entry) => sum + f(entry), 0);
-  const generated = total((entry) => entry.kernels.reduce((sum, kernel) => sum + (kernel.library ? 0 : kernel.times), 0));
+  const generated = total((entry) => entry.kernels.reduce((sum, kernel) => sum + (kernel.library || kernel.special ? 0 : kernel.times), 0));
   fill(main, el("h1", {}, plans.length ? [...new Set(plans.map((plan) => plan.model_cls))].join(", ") : "Compiled graphs"),
     el("div", { class: "facts" }, fact(String(new Set(entries.map((e) => e.component)).size), "components compiled"), fact(String(entries.length), entries.length === 1 ? "graph" : "graphs"),
       fact(total((e) => e.ops.length).toLocaleString("en"), "operations captured"), fact(total((e) => e.kernelCalls).toLocaleString("en"), `kernel calls, ${generated.toLocaleString("en")} generated`),
