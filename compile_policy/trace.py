@@ -33,7 +33,7 @@ class Span:
 
     Attributes:
         name: what is printed on it.
-        kind: ``component``, ``entry``, ``compile``, ``load``, ``eager``, or ``run`` for what the caller marks.
+        kind: ``component``, ``entry``, ``compile``, ``eager``, or ``run`` for what the caller marks.
         start, duration: microseconds; the start counts from the beginning of the trace.
         thread: identifier of the thread.
         args: more about it; JSON-serialisable.
@@ -142,7 +142,7 @@ class _TracedRegion(Region):
             return super().__call__(*args, **kwargs)
 
     def _compile(self, call: Any) -> Entry:
-        graphs, seconds = self.graphs, self.compile_seconds
+        graphs, loaded, seconds = self.graphs, self.loaded, self.compile_seconds
         with _range(self, f"compile {self.name}", "compile", {}) as said:
             try:
                 entry = super()._compile(call)
@@ -150,7 +150,8 @@ class _TracedRegion(Region):
                 said["failed"] = why.reason
                 raise
             finally:
-                said["captures"], said["seconds"] = self.graphs - graphs, self.compile_seconds - seconds
+                said["captures"], said["loaded"] = self.graphs - graphs, self.loaded - loaded
+                said["seconds"] = self.compile_seconds - seconds
             _watch(self)
             said["entry"], said["road"] = entry.number, entry.graph.road
             return entry
