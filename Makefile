@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench bench-gpu clean
+.PHONY: help demo test test-all safety-table lint bench bench-gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -27,6 +27,9 @@ test: lint  ## lint, then every test that is neither slow nor for a GPU
 
 test-all: lint  ## lint, then every test that does not need a GPU
 	$(BIN)/python -m pytest -q -m "not gpu"
+
+safety-table: $(STAMP)  ## run the hazard matrix and write its table into docs/safety.md (half an hour)
+	PYTHONPATH=tests $(BIN)/python -m hazards --write
 
 lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -22,14 +22,16 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="run the matrix and write the table")
     parser.add_argument("--check", action="store_true", help="run the matrix and compare with the written table")
     parser.add_argument("--keep", type=Path, help="folder for the runs of ways that are not ours")
-    parser.add_argument("--rotate", action="store_true", help="ours only, every hazard on one architecture; JSON")
+    parser.add_argument(
+        "--rotate", metavar="NAMES", help="JSON list of hazards, each run in our way on one architecture"
+    )
     parser.add_argument("--only", help="print the verdicts of hazards whose name contains this")
     parser.add_argument("--ways", default=",".join(w.name for w in table.COLUMNS), help="for --only")
     parser.add_argument("--architectures", default=",".join(ARCHITECTURES), help="for --only")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     if asked.rotate:
-        print(json.dumps(rotated()))
+        print(json.dumps(rotated(json.loads(asked.rotate))))
     elif asked.only is not None:
         show(asked.only, asked.ways.split(","), asked.architectures.split(","))
     else:
@@ -44,15 +46,11 @@ def main() -> int:
     return 0
 
 
-def rotated() -> dict[str, dict[str, object]]:
-    """Every hazard in our way on one architecture; neighbours on different ones."""
+def rotated(names: list[str]) -> dict[str, dict[str, object]]:
+    """Hazards in our way, each on one architecture; neighbours on different ones."""
     out: dict[str, dict[str, object]] = {}
-    for place, architecture in enumerate(ARCHITECTURES):
-        mine = [
-            h
-            for i, h in enumerate(table.HAZARDS)
-            if (h.only or ARCHITECTURES)[i % len(h.only or ARCHITECTURES)] == ARCHITECTURES[place]
-        ]
+    for architecture in ARCHITECTURES:
+        mine = [h for i, h in enumerate(table.HAZARDS) if h.name in names and _place(h, i) == architecture]
         eager, ours = drive(architecture, EAGER, mine), drive(architecture, OURS, mine)
         for h in mine:
             run = ours[h.name]
@@ -69,6 +67,11 @@ def rotated() -> dict[str, dict[str, object]]:
     return out
 
 
+def _place(hazard: table.Hazard, index: int) -> str:
+    places = hazard.only or ARCHITECTURES
+    return places[index % len(places)]
+
+
 def show(part: str, ways: list[str], architectures: list[str]) -> None:
     hazards = [h for h in table.HAZARDS if part in h.name]
     for architecture in architectures:
@@ -78,9 +81,8 @@ def show(part: str, ways: list[str], architectures: list[str]) -> None:
             for h in hazards:
                 if h.name in runs:
                     found = verdict(runs[h.name], eager[h.name], h.rounding)
-                    print(
-                        f"{h.name} | {architecture} | {way} | {found.kind} | {found.how} | {'; '.join(runs[h.name].told)}"
-                    )
+                    told = "; ".join(runs[h.name].told)
+                    print(f"{h.name} | {architecture} | {way} | {found.kind} | {found.how} | {told}")
 
 
 if __name__ == "__main__":

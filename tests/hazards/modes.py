@@ -255,6 +255,7 @@ HAZARDS = [
         prompt,
         _outer_call,
         harmless="the same numbers",
+        only=("llama",),
     ),
     Hazard("tensor subclass", "Embeddings of a subclass of `Tensor`.", _subclass, chunk, forward),
     Hazard(

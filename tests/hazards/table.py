@@ -118,7 +118,7 @@ def _summary(runs: Runs) -> list[str]:
     models = f"{', '.join(f'`{a}`' for a in ARCHITECTURES)}"
     out = [
         f"{len(HAZARDS)} hazards on {models} (torch {torch.__version__.split('+')[0]}, Transformers "
-        f"{transformers.__version__}, CPU; every way captures and runs the graph as captured). Counts are architectures.",
+        f"{transformers.__version__}, CPU; graphs run as captured). Counts are architectures.",
         "",
         "| | " + " | ".join(way.title for way in COLUMNS) + " |",
         "|---|---|---|---|",
