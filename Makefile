@@ -37,7 +37,7 @@ lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/mypy
 
 bench: $(STAMP)  ## the benchmarks, on the CPU
-	@set -e; for f in benchmarks/bench_*.py; do [ -e "$$f" ] || continue; echo "== $$f"; $(BIN)/python "$$f"; done
+	@set -e; for f in benchmarks/bench_*.py benchmarks/call_overhead.py; do [ -e "$$f" ] || continue; echo "== $$f"; $(BIN)/python "$$f"; done
 
 bench-gpu: $(STAMP)  ## the benchmarks, on the GPU
 	@set -e; for f in benchmarks/bench_*.py; do [ -e "$$f" ] || continue; echo "== $$f"; $(BIN)/python "$$f" --device cuda; done

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from bench_call import PROMPT, WIDTH, call
+from call_overhead import PROMPT, WIDTH, call
 from results import write_section
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -43,13 +43,13 @@ def microseconds(layers: int, rounds: int, calls: int) -> dict[str, float]:
     wanted = compile_policy.CompilationConfig(backend="eager", on_fault="error")
     model = compile_policy.apply(LlamaForCausalLM(config).eval(), wanted)
     cache: Any = DynamicCache(config=config)
-    model.model(**call(model.model, cache, PROMPT, 0))
-    model.model(**call(model.model, cache, 1, PROMPT))
+    model.model(**call(cache, PROMPT, 0))
+    model.model(**call(cache, 1, PROMPT))
     (region,) = regions(model)
     (entry,) = [e for found in region.entries.values() for e in found]
     results = [torch.randn(1, 1, WIDTH), *(t for layer in cache.layers for t in (layer.keys, layer.values))]
     entry.graph.run = lambda leaves: results  # type: ignore[method-assign]
-    step = call(model.model, cache, 1, PROMPT + 1)
+    step = call(cache, 1, PROMPT + 1)
     ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         "nobody listens": nullcontext,
         "nobody listens, again": nullcontext,
