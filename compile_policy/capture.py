@@ -26,6 +26,7 @@ from compile_policy.lowering import Lowering
 from compile_policy.predicate import conditions_of
 from compile_policy.shapes import UNBACKED
 from compile_policy.watch import suspended
+from compile_policy.watched import hidden_builtins
 
 _serial = itertools.count()
 
@@ -176,7 +177,7 @@ class _Catcher:
         assert self.graph is not None, "capture ended without a graph"
         self.account.check()
         self.graph.guards = list(self.account.records)
-        self.graph.watched = self.account.watched
+        self.graph.watched = (*self.account.watched, *hidden_builtins(self.graph.traced))
         self.graph.outputs = [self._output(r) for r in results]
         return self.graph
 

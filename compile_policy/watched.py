@@ -7,8 +7,10 @@ number, an object deep inside others) leaves a `Watched` value: what was read, w
 
 from __future__ import annotations
 
+import builtins
+import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ from compile_policy.compat_guards import process_settings
 
 _ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "absent"})()
 _BY_VALUE = frozenset((bool, int, str, bytes, torch.dtype, torch.device, type(None)))
+_BUILTINS = frozenset(vars(builtins))
 _BY_TEXT = frozenset((float, complex))  # 0.0 == -0.0, nan != nan
 
 
@@ -56,6 +59,7 @@ _READERS: dict[str, Callable[[Any, Any], Any]] = {
     "lookup": _lookup,
     "has attribute": lambda owner, name: hasattr(owner, name),
     "contains": lambda owner, key: key in owner,
+    "contains none of": lambda owner, keys: owner.keys().isdisjoint(keys),
     "length": lambda owner, _: len(owner),
     "keys": lambda owner, _: tuple(dict.keys(owner) if isinstance(owner, dict) else owner.keys()),
     "members": lambda owner, _: frozenset(owner),
@@ -128,3 +132,21 @@ def same(a: Any, b: Any) -> bool:
     if kind is types.MethodType:  # made anew by every look
         return a.__func__ is b.__func__ and a.__self__ is b.__self__
     return False
+
+
+def hidden_builtins(codes: Iterable[types.CodeType]) -> tuple[Watched, ...]:
+    """That no global of a file that was traced takes the name of a built-in function which its code uses.
+
+    Dynamo has no guard for that, stock or other. Code without a file, such as typed into a notebook, is left out.
+    """
+    used: dict[str, set[str]] = {}
+    for code in codes:
+        used.setdefault(code.co_filename, set()).update(code.co_names)
+    found = []
+    for module in list(sys.modules.values()):
+        namespace = getattr(module, "__dict__", {})
+        names = used.get(namespace.get("__file__") or "", set()) & _BUILTINS - namespace.keys()
+        if names:
+            name = f"a built-in hidden by a global of {namespace.get('__name__')}"
+            found.append(Watched.now(name, "contains none of", namespace, frozenset(names)))
+    return tuple(found)

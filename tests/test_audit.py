@@ -121,6 +121,8 @@ class Block(Base):
             return scaled(x)
         if how == "torch":
             return F.silu(x)
+        if how == "builtin":
+            return x * max(1.0, 2.0)
         if how == "class count":
             return x * self.heads
         if how == "callable":
@@ -163,6 +165,7 @@ CASES: dict[str, tuple[str, Callable[[Block, Patch], Any], str, str]] = {
     "keyword default": ("helper", lambda b, p: p.setattr(helper, "__kwdefaults__", {"plus": 7.0}), "check", "plus"),
     "cell": ("closure", lambda b, p: p.setattr(_cell(), "cell_contents", 9.0), "check", "cell_contents"),
     "function of torch": ("torch", lambda b, p: p.setattr(F, "silu", torch.relu), "check", "silu"),
+    "built-in hidden": ("builtin", lambda b, p: p.setitem(globals(), "max", lambda a, b: 7.0), "check", "max"),
     "count on a class": ("class count", lambda b, p: p.setattr(Base, "heads", 5), "check", "heads"),
     "count on a subclass": ("class count", lambda b, p: p.setattr(Block, "heads", 5, raising=False), "check", "heads"),
     "state of a callable": ("callable", lambda b, p: p.setattr(b.scale, "factor", 9.0), "check", "factor"),
@@ -231,7 +234,7 @@ def test_a_guard_is_covered_as_it_says(case: str, monkeypatch: pytest.MonkeyPatc
     assert (
         name in said
         or cover == "fingerprint"
-        or case in ("cell", "keyword default", "class of a callable", "count on a subclass")
+        or case in ("cell", "keyword default", "class of a callable", "count on a subclass", "built-in hidden")
     )
 
 
