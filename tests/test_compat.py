@@ -157,3 +157,59 @@ def test_tensors_outside_parameters_are_found() -> None:
     module.a, module[0].b, module.c = loose[0], [loose[1]], {"k": loose[2]}  # type: ignore[assignment]
     assert {id(t) for t in compat.loose_tensors(module)} == {id(t) for t in loose}
     assert {id(t) for t in compat.tensor_state(module)} == {id(t) for t in [*loose, *module.buffers()]}
+
+
+def test_ambient_changes_with_everything_that_modes_and_obstacles_look_at() -> None:
+    """Equal before and after, another one inside; no mode or obstacle goes unseen."""
+    module = nn.Linear(2, 2)
+    usual = compat.ambient(module)
+    inside: dict[str, Any] = {
+        "no grad": torch.no_grad,
+        "inference": torch.inference_mode,
+        "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        "device": lambda: torch.device("cpu"),
+        "dispatch mode": TorchDispatchMode,
+        "forward mode": torch.autograd.forward_ad.dual_level,
+    }
+    for name, context in inside.items():
+        with context():
+            assert compat.ambient(module) != usual, name
+        assert compat.ambient(module) == usual, name
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        other = compat.ambient(module)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert compat.ambient(module) != other
+    seen: list[Any] = []
+    torch.func.vmap(lambda t: seen.append(compat.ambient(module)) or t)(torch.rand(2))
+    assert seen[0] != usual
+    for register in (
+        module.register_full_backward_hook,
+        module.register_full_backward_pre_hook,
+        lambda hook: module.register_forward_hook(hook, always_call=True),
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+    ):
+        handle = register(lambda *_: None)
+        assert compat.ambient(module) != usual
+        handle.remove()
+    module.eval()
+    assert compat.ambient(module) != usual
+    module.train()
+    torch.set_default_dtype(torch.float64)
+    assert compat.ambient(module) != usual
+    torch.set_default_dtype(torch.float32)
+    assert compat.ambient(module) == usual
+
+
+def test_alike_tells_every_difference_but_the_values() -> None:
+    """Class, dtype, sizes, strides, gradients, inference tensors, lazy negation; one dim may be left open."""
+    x, mask = torch.rand(2, 1, 4), torch.ones(2, 1, 1, 5, dtype=torch.bool)
+    check = compat.alike([x, mask], [None, 3])
+    assert check(torch.rand(2, 1, 4), torch.zeros(2, 1, 1, 9, dtype=torch.bool))
+    with torch.inference_mode():
+        other = torch.rand(2, 1, 4)
+    lazy = torch.rand(2, 1, 4, dtype=torch.complex64).conj().imag
+    for t in (None, nn.Parameter(x), x.double(), torch.rand(3, 1, 4), torch.rand(2, 4), other, lazy):
+        assert not check(t, mask)
+    assert not check(torch.rand(2, 1, 8)[..., ::2], mask) and not check(x.clone().requires_grad_(), mask)
+    assert not check(x, mask.long()) and not check(x, mask[:1])
