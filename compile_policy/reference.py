@@ -30,7 +30,7 @@ QUANTIZED = 5e-2
 def tolerances(module: torch.nn.Module, table: Mapping[torch.dtype, float] = TOLERANCE) -> Mapping[torch.dtype, float]:
     """Accepted errors by dtype, wider where the weights are quantized: tensors of another class, or whole numbers."""
     quantized = any(
-        type(t) not in (torch.nn.Parameter, torch.Tensor) or t.dtype.itemsize == 1 and t.dtype is not torch.bool
+        type(t) not in (torch.nn.Parameter, torch.Tensor) or (t.dtype.itemsize == 1 and t.dtype is not torch.bool)
         for t in module.parameters()
     )
     return {dtype: max(error, QUANTIZED) for dtype, error in table.items()} if quantized else table
@@ -48,7 +48,7 @@ class ChangesWeights(TorchDispatchMode):
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._weights = {compat.storage_of(p): name for name, p in module.named_parameters() if type(p) in _DENSE}
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
