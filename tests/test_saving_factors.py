@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
@@ -21,8 +22,9 @@ from compile_policy.layers.registry import registry_scope
 from compile_policy.region import Region, RegionOptions, SignatureBinder
 from compile_policy.saving import machine, sources
 from compile_policy.saving.factors import entry_factors, label_factors
-from compile_policy.saving.shelf import Index
-from compile_policy.saving.sources import SourceChanged, TracedCode, package_digest
+from compile_policy.saving.form import Unsaveable
+from compile_policy.saving.shelf import Index, _code
+from compile_policy.saving.sources import SourceChanged, TracedCode, package_digest, watched_places
 from compile_policy.saving.stable import Stable, Unstable, digest, ignore_attributes
 
 _MODEL = """
@@ -31,6 +33,8 @@ from torch import nn
 import {helper}
 
 class Net(nn.Module):
+    STEPS = 3
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -38,9 +42,9 @@ class Net(nn.Module):
         self.other = nn.Linear(4, 4)
 
     def forward(self, x, flag=None):
-        return {helper}.scaled(self.inner(x)) + self.config.eps
+        return {helper}.scaled(self.inner(x)) + self.config.eps + {helper}.OFFSET * self.STEPS
 """
-_HELPER = "FACTOR = 2.0\n\ndef scaled(x):\n    return x * FACTOR  # as the paper has it\n"
+_HELPER = "FACTOR = 2.0\nOFFSET = 1.0\n\ndef scaled(x):\n    return x * FACTOR  # as the paper has it\n"
 
 
 @pytest.fixture
@@ -192,21 +196,22 @@ def test_a_value_that_nobody_can_recognise_is_said(model: ModuleType) -> None:
         factors(net)
 
 
-def _captured(net: nn.Module) -> list[Any]:
+def _captured(net: nn.Module) -> Any:
     region = region_for(net)
     with torch.no_grad():
         region(torch.ones(3, 4))
     [[entry]] = region.entries.values()
-    return list(entry.graph.traced)
+    return entry.graph
 
 
 def test_traced_code_is_named(model: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text of every traced file, comments included, a helper's too; globals that this code names."""
     net = model.Net(SimpleNamespace(eps=0.0))
-    code = TracedCode(_captured(net))
+    graph = _captured(net)
+    code = TracedCode(graph.traced)
     helper = f"{model.__name__}_helper"
     assert {model.__name__, helper} <= code.modules()
-    index = Index(code.modules(), code.places())
+    index = Index(code.modules(), code.places() | watched_places(graph.watched))
 
     def now() -> dict[str, Any]:
         return dict(index.key({}).factors)
@@ -220,16 +225,35 @@ def test_traced_code_is_named(model: ModuleType, monkeypatch: pytest.MonkeyPatch
     assert changed(before, now()) == {f"code.global.{helper}:FACTOR"}
     monkeypatch.undo()
     monkeypatch.setattr(sys.modules[helper], "scaled", lambda x: x)
-    assert changed(before, now()) == {f"code.global.{model.__name__}:{helper}.scaled"}
+    replaced = {f"code.global.{model.__name__}:{helper}.scaled", f"code.global.{helper}:scaled"}
+    assert changed(before, now()) == replaced
+    monkeypatch.undo()
+    monkeypatch.setattr(sys.modules[helper], "OFFSET", 3.0)
+    replaced = {f"code.global.{model.__name__}:{helper}.OFFSET", f"code.global.{helper}:OFFSET"}
+    assert changed(before, now()) == replaced
+    monkeypatch.undo()
+    monkeypatch.setattr(model.Net, "STEPS", 4)
+    assert changed(before, now()) == {f"code.global.{model.__name__}:Net.STEPS"}
     monkeypatch.undo()
     assert changed(before, now()) == set()
+
+
+def test_code_that_reads_the_environment_is_not_saved() -> None:
+    """Its graph may be another one in every process."""
+
+    def reads(x: torch.Tensor) -> torch.Tensor:
+        return x * len(os.environ)
+
+    entry: Any = SimpleNamespace(graph=SimpleNamespace(traced=[reads.__code__]))
+    with pytest.raises(Unsaveable, match="environ"):
+        _code(entry)
 
 
 def test_code_that_was_edited_meanwhile_is_not_told_by_its_file(
     model: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The text on disk may be another than the one that ran."""
-    traced = _captured(model.Net(SimpleNamespace(eps=0.0)))
+    traced = _captured(model.Net(SimpleNamespace(eps=0.0))).traced
     monkeypatch.setattr(sources, "_STARTED", 0.0)
     with pytest.raises(SourceChanged, match="edited"):
         TracedCode(traced)

@@ -24,12 +24,14 @@ from compile_policy.entry import Entry
 from compile_policy.events import emit
 from compile_policy.saving.factors import entry_factors, label_factors, variants
 from compile_policy.saving.form import Unsaveable, from_files, to_files
-from compile_policy.saving.sources import SourceChanged, TracedCode, state_of, watched_at
+from compile_policy.saving.sources import SourceChanged, TracedCode, state_of, watched_at, watched_places
 from compile_policy.saving.stable import Stable, Unstable, digest, ignored_names
 from compile_policy.shapes import Labels
 
 Factors = Mapping[str, JSON]
 _INDEX = "index.json"
+#: The environment: code that reads it may differ in every process.
+_OUTSIDE = frozenset({"environ", "getenv"})
 #: So many factors are named by a miss.
 _NAMED = 4
 
@@ -195,7 +197,7 @@ class Place:
             return
         index = shelf.index(factors) or Index()
         index.modules |= code.modules()
-        index.places |= code.places()
+        index.places |= code.places() | watched_places(entry.graph.watched)
         key = index.key(factors)
         meta: dict[str, JSON] = {"component": shelf.name, "kind": "entry", "seconds": round(entry.seconds, 1)}
         if shelf.store.save(key, files, meta) and shelf.write_index(factors, index):
@@ -210,9 +212,9 @@ def _index_key(factors: Factors) -> ArtifactKey:
 def _code(entry: Entry) -> TracedCode:
     """What of the model's code the entry was made from."""
     traced = TracedCode(entry.graph.traced)
-    read = sorted(traced.names() & ignored_names())
+    read = sorted(traced.names() & (ignored_names() | _OUTSIDE))
     if read:
-        raise Unsaveable(f"its code reads {read[0]}, which does not count as part of a model")
+        raise Unsaveable(f"its code names {read[0]}, which is no part of what an artifact is found by")
     return traced
 
 

@@ -24,6 +24,8 @@ from compile_policy.watched import Watched
 
 #: Covered by their version; the policy's own sources by a digest of their own.
 _COVERED = frozenset({"torch", "compile_policy"} | (sys.stdlib_module_names - {"__main__"}))
+#: So many modules deep an attribute of an attribute is followed.
+_WAY = 3
 _TORCH = str(Path(torch.__file__).parent)
 _STARTED = time.time()
 
@@ -81,7 +83,7 @@ class TracedCode:
                 if code.co_filename.startswith((_TORCH, "<frozen ")) or _generated(code):
                     continue
                 raise SourceChanged(f"{code.co_qualname} comes from {code.co_filename}, which is no file of a module")
-            if module.split(".")[0] not in _COVERED:
+            if _top(module) not in _COVERED:
                 self.by_module.setdefault(module, set()).add(code)
         for module in self.by_module:
             path = file_of(module)
@@ -133,14 +135,45 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(const)
 
 
+def watched_places(watched: Iterable[Watched]) -> set[str]:
+    """``module:name`` of those values which a capture has watched that belong to a module or a class."""
+    found: set[str] = set()
+    for w in watched:
+        owner, key = w.owner, w.key
+        if isinstance(owner, type) and isinstance(key, str) and "<locals>" not in owner.__qualname__:
+            if _top(owner.__module__) not in _COVERED:
+                found.add(f"{owner.__module__}:{owner.__qualname__}.{key}")
+        elif isinstance(owner, dict) and isinstance(key, str):
+            name = owner.get("__name__")
+            if isinstance(name, str) and _top(name) not in _COVERED and _is_namespace(name, owner):
+                found.add(f"{name}:{key}")
+    return found
+
+
+def _is_namespace(module: str, of: dict[str, Any]) -> bool:
+    return module in sys.modules and vars(sys.modules[module]) is of
+
+
 def _globals(module: str, code: types.CodeType) -> Iterator[str]:
-    known = vars(sys.modules[module])
     names = set(_names(code))
-    for name in names & known.keys():
-        yield f"{module}:{name}"
-        if isinstance(known[name], types.ModuleType):
-            inside = vars(known[name])
-            yield from (f"{module}:{name}.{n}" for n in names & inside.keys() if callable(inside[n]))
+    for name in names & vars(sys.modules[module]).keys():
+        yield from _named(f"{module}:{name}", vars(sys.modules[module])[name], names, _WAY)
+
+
+def _named(place: str, value: Any, names: set[str], way: int) -> Iterator[str]:
+    """A place, and where a module stands there, what of it the code may name further on."""
+    yield place
+    if not isinstance(value, types.ModuleType) or not way:
+        return
+    covered = _top(value.__name__) in _COVERED  # another version of it is another key; one of its functions replaced?
+    for name in names & vars(value).keys():
+        inside = vars(value)[name]
+        if callable(inside) or isinstance(inside, types.ModuleType) or not covered:
+            yield from _named(f"{place}.{name}", inside, names, way - 1)
+
+
+def _top(module: str) -> str:
+    return module.split(".")[0]
 
 
 def _owner_of(place: str) -> tuple[Any, str]:

@@ -67,6 +67,7 @@ class Stable:
         self._active: set[int] = set()
         self._devices: dict[torch.device, str] = {}
         self._classes: dict[type, Any] = {}
+        self._objects: dict[int, tuple[str, Any]] = {}
         self._in_class = False
 
     def __call__(self, value: Any, depth: int = 0) -> Any:
@@ -165,8 +166,17 @@ class Stable:
         if isinstance(value, property):
             return ["property", *[self(f, depth) for f in (value.fget, value.fset)]]
         if hasattr(value, "__dict__"):
-            return [_name(type(value)), self.attributes(value, depth)]
+            return self._object(value, depth)
         return self._opaque(value, "says nothing about itself")
+
+    def _object(self, value: Any, depth: int) -> Any:
+        """An object by its attributes; a configuration that every layer holds is walked once."""
+        known = self._objects.get(id(value))
+        if known is not None:
+            return ["object", known[0]]
+        form = [_name(type(value)), self.attributes(value, depth)]
+        self._objects[id(value)] = (f"#{len(self._objects)}", value)  # kept alive, so that its id stays its own
+        return form
 
     def _rest(self, value: Any, depth: int) -> Any:
         return self.attributes(value, depth) if hasattr(value, "__dict__") else None
@@ -188,7 +198,8 @@ class Stable:
 
     def _class(self, cls: type) -> Any:
         """A class by its name and its methods. Classes that these refer to stand for their names."""
-        if self._in_class or cls.__module__ in _BUILT_IN:
+        of_torch = self.lenient and cls.__module__.split(".")[0] == "torch"  # its version is a factor of its own
+        if self._in_class or of_torch or cls.__module__ in _BUILT_IN:
             return ["class", _name(cls)]
         if cls not in self._classes:
             self._in_class, (active, self._active) = True, (self._active, set())
