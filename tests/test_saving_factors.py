@@ -211,7 +211,7 @@ def test_traced_code_is_named(model: ModuleType, monkeypatch: pytest.MonkeyPatch
     code = TracedCode(graph.traced)
     helper = f"{model.__name__}_helper"
     assert {model.__name__, helper} <= code.modules()
-    index = Index(code.modules(), code.places() | watched_places(graph.watched))
+    index = Index(code.modules(), code.places() | watched_places(graph.watched, [model.Net]))
 
     def now() -> dict[str, Any]:
         return dict(index.key({}).factors)

@@ -197,7 +197,7 @@ class Place:
             return
         index = shelf.index(factors) or Index()
         index.modules |= code.modules()
-        index.places |= code.places() | watched_places(entry.graph.watched)
+        index.places |= code.places() | watched_places(entry.graph.watched, map(type, shelf.module.modules()))
         key = index.key(factors)
         meta: dict[str, JSON] = {"component": shelf.name, "kind": "entry", "seconds": round(entry.seconds, 1)}
         if shelf.store.save(key, files, meta) and shelf.write_index(factors, index):

@@ -135,23 +135,36 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(const)
 
 
-def watched_places(watched: Iterable[Watched]) -> set[str]:
-    """``module:name`` of those values which a capture has watched that belong to a module or a class."""
+def watched_places(watched: Iterable[Watched], classes: Iterable[type]) -> set[str]:
+    """``module:name`` of those values which a capture has watched that belong to a module or a class.
+
+    Args:
+        classes: of the component's modules; their namespaces may be watched as mappings.
+    """
     found: set[str] = set()
+    bases = {base for cls in classes for base in cls.__mro__}
     for w in watched:
         owner, key = w.owner, w.key
+        if isinstance(owner, types.MappingProxyType) and isinstance(key, str):
+            owner = next((cls for cls in bases if _is_namespace(cls, owner, key)), None)
         if isinstance(owner, type) and isinstance(key, str) and "<locals>" not in owner.__qualname__:
             if _top(owner.__module__) not in _COVERED:
                 found.add(f"{owner.__module__}:{owner.__qualname__}.{key}")
         elif isinstance(owner, dict) and isinstance(key, str):
             name = owner.get("__name__")
-            if isinstance(name, str) and _top(name) not in _COVERED and _is_namespace(name, owner):
+            if isinstance(name, str) and _top(name) not in _COVERED and _is_globals(name, owner):
                 found.add(f"{name}:{key}")
     return found
 
 
-def _is_namespace(module: str, of: dict[str, Any]) -> bool:
+def _is_globals(module: str, of: dict[str, Any]) -> bool:
     return module in sys.modules and vars(sys.modules[module]) is of
+
+
+def _is_namespace(cls: type, of: types.MappingProxyType[str, Any], name: str) -> bool:
+    """Whether a view of a class's attributes is that of ``cls``; each look makes another view."""
+    own = vars(cls)
+    return name in own and name in of and own[name] is of[name] and own.keys() == of.keys()
 
 
 def _globals(module: str, code: types.CodeType) -> Iterator[str]:
