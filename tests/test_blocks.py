@@ -263,3 +263,66 @@ def test_a_single_row_has_code_of_its_own() -> None:
     assert graph.program.special.packages == (0, 2, 2, 2, 3)
     check(model, graph, (1, 4), (3, 4), (2, 4))
     assert capture(model, torch.rand(3, 4), labels=N, frequent={"m": 1}).program.special is None  # type: ignore[union-attr]
+
+
+class Turns(nn.Module):
+    """Its result is no contiguous tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.weight).transpose(1, 2)
+
+
+class Flips(nn.Module):
+    """Its result is a view of its argument."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2)
+
+
+def _native(module: nn.Module, *leaves: torch.Tensor, labels: Any, frequent: Any = None) -> CompiledGraph:
+    def fn(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (module.forward(*leaves),)
+
+    with torch.no_grad():
+        return compile_call(fn, list(leaves), labels, AheadOfTime("inductor").for_sizes(frequent or {}))
+
+
+@pytest.mark.slow
+def test_layouts_and_views_cross_borders_between_native_packages() -> None:
+    """A package trusts the strides of what it is given: transposed results and views of arguments arrive as traced."""
+    model = Stack([Turns(), Turns(), Turns(), Flips(), Flips()])
+    graph = _native(model, torch.rand(3, 4, 4), labels=[("n", None, None)])
+    assert graph.road == "ahead" and graph.blocks is not None and graph.blocks.instances == 5
+    for n in (1, 3, 8):
+        x = torch.rand(n, 4, 4)
+        with torch.no_grad():
+            torch.testing.assert_close(graph.run([x])[0], model(x))
+
+
+@pytest.mark.slow
+def test_native_blocks_write_in_place_and_have_code_for_one_row() -> None:
+    """The caller's tables are written, none is replaced, and one row gives what several give."""
+
+    class Both(WritingStack):
+        def forward(self, x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+            return self.after(super().forward(x, first, second))
+
+    model = Both(views=False)
+    model.after = nn.Linear(4, 4)
+    leaves = [torch.rand(3, 4), torch.rand(9, 4), torch.rand(9, 4)]
+    labels = [("n", None), ("t", None), ("t", None)]
+    graph = _native(model, *(t.clone() for t in leaves), labels=labels, frequent={"n": 1})
+    assert str(graph.blocks) == "1 distinct block of 2"
+    assert graph.program is not None and graph.program.special is not None
+    for n in (3, 1, 5):
+        mine = [torch.rand(n, 4), torch.rand(9, 4), torch.rand(9, 4)]
+        theirs, before = ([t.clone() for t in mine] for _ in range(2))
+        with torch.no_grad():
+            torch.testing.assert_close(graph.run(mine)[0], model(*theirs))
+        for a, b, was in zip(mine[1:], theirs[1:], before[1:], strict=True):
+            torch.testing.assert_close(a, b)
+            assert not torch.equal(a, was)
