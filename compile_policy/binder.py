@@ -70,9 +70,6 @@ class StepBinder(Binder, Protocol):
     ) -> None:
         """Told of every call that an entry has run on the ordinary road."""
 
-    def forget(self) -> None:
-        """From now on, no call has a last one."""
-
 
 @runtime_checkable
 class FormBinder(Binder, Protocol):

@@ -106,7 +106,7 @@ class Region:
             return profiled(self, args, kwargs)
         self.calls += 1
         ambient = compat.ambient(self.module)
-        if ambient != self._allowed:
+        if ambient != self._allowed or self.condemned or self.changes_itself:
             obstacle = self._obstacle()
             if obstacle:
                 return self._eager(NotCompilable(obstacle), None, compat.plain_call, self.module, *args, **kwargs)
@@ -119,16 +119,11 @@ class Region:
         """What forbids any compiled call just now, in words; empty when nothing does."""
         return self.condemned or compat.eager_only(self.module) or self.changes_itself.get(self.module.training, "")
 
-    def _forbid(self) -> None:
-        """Have the next call look for obstacles again."""
-        self._allowed = None
-        if self.steps is not None:
-            self.steps.forget()
-
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], ambient: tuple[Any, ...] | None = None) -> Any:
+        ambient = ambient or compat.ambient(self.module)
         sampled = self.options.sentinel is not None and self.options.sentinel.due()
         if self.steps is not None and not args and not sampled:
-            step = self.steps.step(kwargs, (ambient or compat.ambient(self.module), self.fingerprint.number))
+            step = self.steps.step(kwargs, (ambient, self.fingerprint.number))
             if step is not None:
                 return step.run()
         call: Call | None = None
@@ -144,8 +139,8 @@ class Region:
             why = reason
         else:
             if self.steps is not None:
-                here = (compat.ambient(self.module), self.fingerprint.number)
-                self.steps.ran(self.module, kwargs, call, entry, here)
+                structure = call.key[3]  # another thread may have found another one since
+                self.steps.ran(self.module, kwargs, call, entry, (ambient, structure))
             return result
         return self._eager(why, call, self.module.forward, *args, **kwargs)
 
@@ -169,7 +164,6 @@ class Region:
         reason = self._misfit(args, kwargs, entry, rows, SENTINEL_TOLERANCE)
         if reason:
             self.condemned = f"the compiled graph is wrong: {reason}"
-            self._forbid()
             emit("sentinel", self.name, f"turned off: {reason}", reason=reason, calls=self.calls)
             raise NotCompilable(self.condemned, remedy="Report the model and the versions; it runs eager until then.")
 
@@ -223,7 +217,6 @@ class Region:
         result = run(*args, **kwargs)
         if isinstance(why, ChangesItself):  # its key would be another one at every call
             self.changes_itself[self.module.training] = why.reason
-            self._forbid()
         elif call is not None and not isinstance(why, PassingObstacle):
             self.refused.setdefault(_verdict(call), why.reason)
         if self.fallback != why.reason:

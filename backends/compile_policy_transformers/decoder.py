@@ -96,9 +96,6 @@ class DecoderBinder:
     ) -> None:
         self.steps.remember(kwargs, call, entry, here, self, module)
 
-    def forget(self) -> None:
-        self.steps.forget()
-
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         if not args:
             return dict(kwargs)

@@ -119,9 +119,6 @@ class DecodeSteps:
             cache = weakref.ref(carrier.cache, lambda _: steps.pop(key, None))
             steps[key] = Step(cache, here, entry, list(call.leaves), held, inputs)
 
-    def forget(self) -> None:
-        self._steps.clear()
-
 
 def _repeatable(call: Call, entry: Entry, inputs: StepInputs) -> bool:
     """Whether the entry writes into nothing but the cache, and hands back no tensor that was made for it."""
