@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import types
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +44,7 @@ _function_modes, _dispatch_modes = torch._C._len_torch_function_stack, torch._C.
 _functorch_level, _jit_tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
 _global_pre, _global_after, _global_backward_pre, _global_backward = _GLOBAL_HOOKS
 
+_UNPACKED = re.compile(r" (/[^\n]*/aotinductor_[^/\n]+)/[^\n]*\.so$", re.MULTILINE)  # not those "(deleted)" already
 _SIZE_OF_LEAF = re.compile(r"L\['leaves'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
 
 
@@ -149,8 +152,22 @@ def write_package(gm: torch.fx.GraphModule, inputs: tuple[Any, ...], path: str, 
 def load_package(path: str) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
     """A package as a function of a list of tensors, which it empties; without the pytree layer of the public loader."""
     loader: Any = torch._C._aoti.AOTIModelPackageLoader(path, "model", False, 1, -1)
+    _remove_unpacked()
     run: Callable[[list[torch.Tensor]], list[torch.Tensor]] = loader.boxed_run
     return run
+
+
+def _remove_unpacked() -> None:
+    """Remove the folders that packages were unpacked to, several MB each: torch does so only when a loader is deleted,
+    which the end of a process is not. What is mapped stays mapped. Kernels of a GPU are read later and stay.
+    """
+    try:
+        mapped = Path("/proc/self/maps").read_text()
+    except OSError:  # not Linux
+        return
+    for folder in {found[1] for found in _UNPACKED.finditer(mapped)}:
+        if not any(Path(folder).rglob("*.cubin")):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def modes() -> tuple[tuple[str, Any], ...]:

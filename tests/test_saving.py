@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -197,6 +199,13 @@ def test_a_global_that_changes_after_loading_is_noticed(
     assert region.fingerprint.current(look_again=True) != before
     monkeypatch.undo()
     assert region.fingerprint.current(look_again=True) == before
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_no_unpacked_package_stays_behind(saved: tuple[Region, list[Event]]) -> None:
+    """Torch unpacks a package into a temporary folder; once its library is mapped, nothing of it is left on disk."""
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if "/aotinductor_" in line]
+    assert mapped and all(line.endswith("(deleted)") for line in mapped)
 
 
 def test_conditions_are_read_before_they_run() -> None:
