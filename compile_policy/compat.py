@@ -151,23 +151,24 @@ def write_package(gm: torch.fx.GraphModule, inputs: tuple[Any, ...], path: str, 
 
 def load_package(path: str) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
     """A package as a function of a list of tensors, which it empties; without the pytree layer of the public loader."""
+    before = _unpacked()
     loader: Any = torch._C._aoti.AOTIModelPackageLoader(path, "model", False, 1, -1)
-    _remove_unpacked()
+    # Several MB each, and torch removes them only when a loader is deleted, which the end of a process is not. What is
+    # mapped stays mapped. Kernels of a GPU are read later: they stay.
+    for folder in _unpacked() - before:
+        if not any(Path(folder).rglob("*.cubin")):
+            shutil.rmtree(folder, ignore_errors=True)
     run: Callable[[list[torch.Tensor]], list[torch.Tensor]] = loader.boxed_run
     return run
 
 
-def _remove_unpacked() -> None:
-    """Remove the folders that packages were unpacked to, several MB each: torch does so only when a loader is deleted,
-    which the end of a process is not. What is mapped stays mapped. Kernels of a GPU are read later and stay.
-    """
+def _unpacked() -> set[str]:
+    """Folders in which packages lie that this process has loaded and that are still there."""
     try:
         mapped = Path("/proc/self/maps").read_text()
     except OSError:  # not Linux
-        return
-    for folder in {found[1] for found in _UNPACKED.finditer(mapped)}:
-        if not any(Path(folder).rglob("*.cubin")):
-            shutil.rmtree(folder, ignore_errors=True)
+        return set()
+    return {found[1] for found in _UNPACKED.finditer(mapped)}
 
 
 def modes() -> tuple[tuple[str, Any], ...]:
