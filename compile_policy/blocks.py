@@ -34,7 +34,7 @@ class BlockSummary:
     Attributes:
         instances: number of blocks in the graph; 0 for a graph that is one package.
         distinct: number of packages that serve them all.
-        packages: number of packages, including those for what surrounds the blocks.
+        packages: number of packages, including those for what surrounds the blocks, not those for special sizes.
         reason: why the graph was not divided; empty when it was.
     """
 

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compile_policy import compat
@@ -213,3 +215,30 @@ def test_alike_tells_every_difference_but_the_values() -> None:
         assert not check(t, mask)
     assert not check(torch.rand(2, 1, 8)[..., ::2], mask) and not check(x.clone().requires_grad_(), mask)
     assert not check(x, mask.long()) and not check(x, mask[:1])
+
+
+def test_views_share_a_storage_and_copies_do_not() -> None:
+    """For real tensors and for fake ones, which have no memory to compare."""
+    with FakeTensorMode():
+        fake = torch.empty(4, 4)
+    for x in (torch.rand(4, 4), fake):
+        assert compat.storage_of(x) == compat.storage_of(x[1:].t()) != compat.storage_of(x.clone())
+
+
+def test_operators_say_whether_they_write() -> None:
+    """By their schema; what is no operator says nothing."""
+    assert compat.mutates(torch.ops.aten.index_copy_.default) and compat.mutates(torch.ops.aten.add.out)
+    assert not compat.mutates(torch.ops.aten.add.Tensor) and not compat.mutates(torch.add)
+
+
+def test_a_fake_tensor_with_some_sizes_filled_in() -> None:
+    """Named symbols become numbers in shape and strides, the others stay symbols."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    policy = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    fake = mode.from_tensor(torch.rand(3, 5, 4), symbolic_context=policy)
+    rows, columns = fake.shape[0], fake.shape[1]
+    assert isinstance(rows, torch.SymInt) and isinstance(columns, torch.SymInt)
+    one = compat.with_sizes(fake, {rows.node.expr: 1})
+    assert one.shape[0] == 1 and isinstance(one.shape[0], int) and isinstance(one.shape[1], torch.SymInt)
+    both = compat.with_sizes(fake, {rows.node.expr: 1, columns.node.expr: 2})
+    assert tuple(both.shape) == (1, 2, 4) and both.stride() == (8, 4, 1) and both.dtype == fake.dtype
