@@ -22,6 +22,7 @@ from torch._inductor.package.package import package_aoti
 from torch.autograd import forward_ad, profiler
 from torch.nn.modules import module as module_hooks
 from torch.utils._device import DeviceContext
+from torch.utils.hooks import RemovableHandle
 
 from compile_policy.errors import EnvironmentNotSupported
 
@@ -249,6 +250,11 @@ def eager_only(module: torch.nn.Module) -> str:
         if not isinstance(_function_mode(i), DeviceContext):
             return f"the TorchFunctionMode {type(_function_mode(i)).__name__} is active"
     return ""
+
+
+def hooks_made() -> int:
+    """Grows with every hook that is registered anywhere, on a module or on a tensor."""
+    return RemovableHandle.next_id
 
 
 def has_hooks(module: torch.nn.Module) -> bool:

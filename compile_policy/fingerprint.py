@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ import torch
 from compile_policy import compat, wording
 from compile_policy.errors import NotCompilable
 from compile_policy.layers.registry import registry_state
-from compile_policy.walk import Walk
+from compile_policy.walk import Walk, hooks_below
 from compile_policy.watch import structure_epoch, unwatch, watch
 from compile_policy.watched import Watched, same
 
@@ -51,23 +51,31 @@ class Fingerprint:
         self._known: dict[tuple[Any, ...], list[Structure]] = {}
         self._by_number: list[Structure] = []
         self._current: int | None = None
-        self._epoch = -1
+        self._epoch = self._hooks_made = -1
+        self._hooked: list[tuple[Sized, int]] = []
 
     @property
     def number(self) -> int | None:
         """The structure's number as last looked at; looked at again when something was registered since."""
-        if self._epoch != structure_epoch() and self._current is not None:
+        if self._current is not None and self._registered():
             return self.current(look_again=True)
         return self._current
 
     def current(self, *, look_again: bool) -> int:
         """A small number that stands for the structure; another structure has another number."""
-        epoch = structure_epoch()
-        if self._current is None or look_again or self._epoch != epoch:
+        if self._current is None or look_again or self._registered():
+            epoch, hooks_made = structure_epoch(), compat.hooks_made()
             walked = (registry_state(), fingerprint(self._module))
+            self._hooked = [(found, len(found)) for found in hooks_below(self._module)]
             self._current = self._number_of(walked)
-            self._epoch = epoch
+            self._epoch, self._hooks_made = epoch, hooks_made
         return self._current
+
+    def _registered(self) -> bool:
+        """Whether a sub-module, parameter, buffer or hook came, or a hook went, since the last look."""
+        if self._epoch != structure_epoch() or self._hooks_made != compat.hooks_made():
+            return True
+        return bool(self._hooked) and any(len(found) != count for found, count in self._hooked)
 
     def _number_of(self, walked: tuple[Any, ...]) -> int:
         with _lock:

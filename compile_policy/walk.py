@@ -144,6 +144,11 @@ class Coverage(Walk):
         return super().object(value, depth)
 
 
+def hooks_below(module: torch.nn.Module) -> list[dict[int, Any]]:
+    """The hooks of a module and of everything below it, where there are any."""
+    return [found for m in module.modules() for kind in _HOOKS if (found := m.__dict__[kind])]
+
+
 def reads_attribute(name: str) -> bool:
     """Whether an entry of a module's own dictionary is among what the walk reads."""
     return name not in _OWN or name in ("training", "_parameters", "_buffers", "_modules", *_HOOKS, *_HOOK_FLAGS)

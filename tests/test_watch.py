@@ -92,6 +92,18 @@ def test_a_registration_is_seen_within_a_sequence(how: str) -> None:
     ours.detach()
 
 
+def test_a_hook_that_comes_or_goes_within_a_sequence_is_seen() -> None:
+    """Hooks on sub-modules are noticed at the next call, whether it starts a sequence or not."""
+    model, x = Model().eval(), torch.rand(3, 4)
+    ours = region(model)
+    plain = ours(x)
+    handle = model.linear.register_forward_hook(lambda m, a, r: r + 1)
+    hooked = ours(x)
+    assert torch.equal(hooked, model.forward(x)) and not torch.equal(hooked, plain) and ours.graphs == 2
+    handle.remove()
+    assert torch.equal(ours(x), plain) and ours.graphs == 2
+
+
 def test_without_the_hooks_it_would_be_wrong() -> None:
     """Control: a region that is not attached sees a new sub-module only where a sequence starts."""
     model, x = Model().eval(), torch.rand(3, 4)

@@ -109,6 +109,8 @@ class _CacheAdapter:
         cache: Any = value.cache  # Transformers types layers as a union of what they may be
         if cache.offloading:
             raise NotCompilable("the cache is offloaded", remedy="Use a cache that stays on the device.")
+        if any("update" in vars(part) for part in (cache, *cache.layers)):
+            raise NotCompilable("`update` was replaced on this cache", remedy="Write it into a class of its own.")
         selects: dict[tuple[str, int, int], int] = {}
         layers = tuple(
             self._flatten_layer(layer, selects, out, f"{path}.layers[{i}]") for i, layer in enumerate(cache.layers)
