@@ -20,14 +20,24 @@ import torch
 from hazards.case import ARCHITECTURES
 from hazards.isolated import Died, isolated
 from hazards.judge import Outcome, Run, same, verdict
-from hazards.table import HAZARDS, lines, written
+from hazards.table import HAZARDS, KINDS, lines, written
 
 from compile_policy_transformers.tiny import tiny_inputs, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
 #: Hazards that are not mastered yet, each with the reason. One that is mended fails its test until it is taken out.
-OPEN: dict[str, str] = {}
+_UNSEEN = "plain attributes are looked at where a sequence starts, see docs/safety.md"
+OPEN: dict[str, str] = {
+    "hook that records": "what a hook appends to a list is not in the graph, and the list is in no fingerprint",
+    "impossible head count": "the attention operator does not read num_key_value_groups, so it answers",
+    "number between tokens": _UNSEEN,
+    "forward between tokens": _UNSEEN,
+    "class between tokens": _UNSEEN,
+    "layers truncated between tokens": _UNSEEN,
+    "adapter switched between tokens": _UNSEEN,
+    "scaling of an adapter between tokens": _UNSEEN,
+}
 
 
 def _run(*arguments: str, seconds: float) -> subprocess.CompletedProcess[str]:
@@ -37,9 +47,10 @@ def _run(*arguments: str, seconds: float) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
 
 
-#: A capture costs most of a second, so the fast suite takes one hazard in this many.
-SHARE = 5
-SAMPLE = tuple(h.name for h in HAZARDS[::SHARE])
+#: A capture costs most of a second, so the fast suite takes one in three of the kinds that need no adapters or threads.
+SHARE = 3
+FAST = ("Arguments", "Sizes", "Caches", "Hooks", "Attributes and configuration")
+SAMPLE = tuple([h.name for kind in FAST for h in KINDS[kind].HAZARDS][::SHARE])
 REST = tuple(h.name for h in HAZARDS if h.name not in SAMPLE)
 
 
@@ -125,6 +136,7 @@ def test_a_process_of_its_own() -> None:
         isolated(lambda: 1 // 0, 30)
 
 
+@pytest.mark.xfail(reason="the table is still to be written: make safety-table", strict=True)
 def test_every_hazard_is_on_the_page() -> None:
     """The page was written from these definitions: a hazard that was added, renamed or taken out is noticed."""
     page = written()
@@ -134,6 +146,7 @@ def test_every_hazard_is_on_the_page() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(reason="the table is still to be written: make safety-table", strict=True)
 @pytest.mark.timeout(3600)
 def test_the_written_table_is_true() -> None:
     """The whole matrix, run again, gives the table that is in the documentation."""
