@@ -68,7 +68,7 @@ def misfit(
             got = run(*mine)
         except Exception as error:
             return f"it fails with {first_line(error)}"
-        reason = _difference(dict(_tensors(got)), dict(_tensors(expected)), rows, tolerance, complete=rows is None)
+        reason = _difference(dict(_tensors(got)), dict(_tensors(expected)), rows, tolerance, complete=True)
         if not reason and rows is None:
             reason = _difference(dict(_tensors(mine)), dict(_tensors(theirs)), None, tolerance, complete=False)
         return reason

@@ -163,3 +163,23 @@ def test_a_binder_that_fails_is_no_failure_of_the_call() -> None:
     region.binder.bind = bind
     assert torch.equal(model(**inputs).logits, want)
     assert "could not be made canonical: KeyError" in str(region.fallback)
+
+
+def test_a_training_step_returns_what_eager_returns() -> None:
+    """A decoder in training makes a cache unless it recomputes activations; gradients are equal, none of it eager."""
+    for recomputing in (False, True):
+        model = tiny_model("llama").train()
+        if recomputing:
+            model.gradient_checkpointing_enable()
+        inputs = padded(model)
+        want = model(**inputs, labels=inputs["input_ids"])
+        want.loss.backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        region = applied(model)
+        got = model(**inputs, labels=inputs["input_ids"])
+        got.loss.backward()
+        assert (got.past_key_values is None) == (want.past_key_values is None) == recomputing
+        mine = [p.grad for p in model.parameters() if p.grad is not None]
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(mine, gradients, strict=True))
+        assert (region.graphs, region.eager_calls) == (1, 0)

@@ -119,7 +119,8 @@ class DecoderBinder:
         cache = values.pop("past_key_values", None)
         use_cache = values.pop("use_cache", None)
         if use_cache is None:
-            use_cache = bool(getattr(self.config, "use_cache", False)) and not module.training
+            recomputed = module.training and getattr(module, "is_gradient_checkpointing", False)
+            use_cache = bool(getattr(self.config, "use_cache", False)) and not recomputed
         if cache is None and use_cache:
             cache = caches.fresh_cache(self.config)
         if cache is None:
