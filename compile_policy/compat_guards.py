@@ -121,6 +121,7 @@ _SINGLE: dict[type, Step] = {
     sources.CodeSource: ("attr", "__code__"),
     sources.ClosureSource: ("attr", "__closure__"),
     sources.WeakRefCallSource: ("weak",),
+    sources.SubclassAttrListSource: ("inner names",),
 }
 
 

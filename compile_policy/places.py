@@ -94,6 +94,10 @@ class Places:
             return replace(base, class_dict=base.value, closed=False)
         if kind == "weak":
             return base.then(base.value(), "construction", "what a weak reference refers to does not change")
+        if kind == "inner names" and not base.closed:
+            names = base.value.__tensor_flatten__()[0]
+            watched = Watched.now(name, "tensor", base.value)
+            return base.then(names, "check", "the tensor and what is inside it are watched", [watched])
         raise Uncovered(f"it is reached through a {step[1] if len(step) > 1 else kind}")
 
     def _item(self, name: str, base: Node, kind: str, key: Any) -> Node:
