@@ -77,7 +77,7 @@ class DecoderBinder:
         return Bound(ordered, label, fillers, _EXAMPLE_SIZES, boundary=length > 1, frequent=_FREQUENT_SIZES)
 
     def form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, torch.Tensor | None]:
-        """Kinds of the arguments, whether some positions are padding, one token or several, an empty cache or not."""
+        """Kinds of the arguments; whether there is padding, one token, one row, an empty cache: each has code of its own."""
         values = self._by_name(args, kwargs)
         tokens = values.get("inputs_embeds") if values.get("input_ids") is None else values["input_ids"]
         assert tokens is not None
@@ -85,7 +85,7 @@ class DecoderBinder:
         rows = _counting_rows(mask, tokens.shape[1])
         padded = rows is not None or (isinstance(mask, torch.Tensor) and mask.dim() == 2 and not mask.all())
         empty = values.get("past_key_values") is None or caches.is_empty(values["past_key_values"])
-        return (form_of(values), padded, tokens.shape[1] == 1, empty), rows
+        return (form_of(values), padded, tokens.shape[1] == 1, tokens.shape[0] == 1, empty), rows
 
     def step(self, kwargs: dict[str, Any], here: tuple[Any, ...]) -> Step | None:
         """The short road: the single-token call that repeats the last one on its cache."""
