@@ -32,9 +32,14 @@ def test_tolerances_know_quantized_weights() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
-def test_torchao(name: str) -> None:
-    """One graph with the same tokens; quantizing a compiled model makes another graph, never an old one."""
+@pytest.mark.parametrize(
+    ("name", "graphs"), [("Int8WeightOnlyConfig", 1), ("Int8DynamicActivationInt8WeightConfig", 2)]
+)
+def test_torchao(name: str, graphs: int) -> None:
+    """The same tokens; quantizing a compiled model makes another graph, never an old one.
+
+    torchao multiplies a single row of rounded activations in another way: a graph of its own.
+    """
     quantization = pytest.importorskip("torchao.quantization")
     model = tiny_model("llama")
     inputs = tiny_inputs(model, text_len=9, batch=2)
@@ -48,4 +53,4 @@ def test_torchao(name: str) -> None:
     assert not torch.allclose(plain, want, atol=1e-3)  # the control: quantizing changes something
     assert torch.allclose(got, want, atol=5e-2 * want.abs().max().item())
     assert torch.equal(model.generate(**inputs, max_new_tokens=6), tokens)
-    assert (region.graphs, region.eager_calls) == (2, 0)
+    assert (region.graphs, region.eager_calls) == (1 + graphs, 0)
