@@ -12,13 +12,21 @@ from typing import Any
 import pytest
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionLayer,
+    StaticCache,
+)
 from transformers.masking_utils import create_masks_for_generate
 
 import compile_policy as cp
 from compile_policy.call_key import Leaves, adapter_for
 from compile_policy.errors import NotCompilable
-from compile_policy_transformers import attention, caches
+from compile_policy_transformers import attention, cache_layers, caches
 from compile_policy_transformers.cache_masks import arranged, sliding_mask
 from compile_policy_transformers.tiny import tiny_config, tiny_inputs, tiny_model
 
@@ -90,9 +98,9 @@ def test_layers_step_by_step(kind: str, size: int | str) -> None:
     assert 2 * window < TOTAL and "sliding_attention" in config.layer_types
     generator = torch.Generator().manual_seed(1)
     mine, stock = _new_cache(kind, config), _new_cache(kind, config)
-    shapes = [caches.LayerShape(2, 4, 4, torch.float32) for _ in config.layer_types]
-    caches.initialise(mine, shapes, 2, torch.device("cpu"))
-    assert not caches.needs_initialisation(mine)
+    shapes = [cache_layers.LayerShape(torch.empty(1, 2, 0, 4), torch.empty(1, 2, 0, 4)) for _ in config.layer_types]
+    cache_layers.initialise(mine, shapes, 2, torch.device("cpu"))
+    assert not cache_layers.needs_initialisation(mine, shapes)
     for step in _chunks(size):
         masks = _masks(config, stock, 2, step)
         fitting = {
@@ -121,18 +129,18 @@ def test_float_sliding_mask() -> None:
 def test_refused_caches() -> None:
     """A cache that is offloaded, that records its past, or that has layers of an unknown kind is refused by name."""
     config = _text_config("gemma3")
-    shapes = [caches.LayerShape(2, 4, 4, torch.float32) for _ in config.layer_types]
+    shapes = [cache_layers.LayerShape(torch.empty(1, 2, 0, 4), torch.empty(1, 2, 0, 4)) for _ in config.layer_types]
     states = [torch.zeros(1, 2, 1, 4) for _ in config.layer_types]
 
     def refusal(change: Any) -> str:
         cache = DynamicCache(config=config)
-        caches.initialise(cache, shapes, 1, torch.device("cpu"))
+        cache_layers.initialise(cache, shapes, 1, torch.device("cpu"))
         change(cache)
         with pytest.raises(NotCompilable) as error:
             _update_by_policy(cache, states)
         return error.value.reason
 
-    class Odd(caches.DynamicLayer):
+    class Odd(DynamicLayer):
         pass
 
     def odd(cache: Cache) -> None:
@@ -141,6 +149,75 @@ def test_refused_caches() -> None:
     assert "offloaded" in refusal(lambda cache: setattr(cache, "offloading", True))
     assert "records past" in refusal(lambda cache: [setattr(x, "record_past", True) for x in cache.layers])
     assert "Odd" in refusal(odd)
+
+
+LINEAR_LAYERS = (
+    LinearAttentionLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+)
+LINEAR = [(cls, groups) for cls in LINEAR_LAYERS for groups in (("conv",), ("conv", "recurrent"))]
+
+
+def _cache_of(cls: Any) -> Cache:
+    static = "Static" in cls.__name__
+    cache: Any = object.__new__(StaticCache if static else DynamicCache)
+    layer = cls(max_cache_len=TOTAL) if static else cls()
+    cache.layers, cache.layer_class_to_replicate, cache.offloading = [layer], None, False
+    return cache
+
+
+@pytest.mark.parametrize(("cls", "groups"), LINEAR)
+def test_linear_attention_layers_step_by_step(cls: type, groups: tuple[str, ...]) -> None:
+    """Convolution and recurrent states end up in place as the stock layer's; a reset cache starts from nothing."""
+    generator = torch.Generator().manual_seed(1)
+    mine, stock = _cache_of(cls), _cache_of(cls)
+    layer: Any = mine.layers[0]
+    attends = cls is not LinearAttentionLayer
+
+    def states(length: int) -> dict[str, torch.Tensor]:
+        made = {"conv": torch.randn(2, 6, length, generator=generator)}
+        return made | ({"recurrent": torch.randn(2, 3, 5, generator=generator)} if "recurrent" in groups else {})
+
+    def update(cache: Cache, new: dict[str, torch.Tensor], keys: torch.Tensor) -> list[torch.Tensor]:
+        seen = [cache.update_conv_state(new["conv"], 0, conv_kernel_size=4)]
+        if "recurrent" in new:
+            cache.update_recurrent_state(new["recurrent"], 0)
+        if attends:
+            cache.layers[0].update(keys, -keys)
+        return [t.clone() for t in seen]
+
+    learnt = _cache_of(cls)
+    update(learnt, states(2), torch.randn(1, 2, 2, 4))
+    shapes = cache_layers.layer_shapes(learnt)
+    for _ in range(2):
+        cache_layers.initialise(mine, shapes, 2, torch.device("cpu"))
+        assert not cache_layers.needs_initialisation(mine, shapes)
+        held = layer.conv_states[0]
+        for length in (3, 1, 6, 1, 1):
+            new, keys = states(length), torch.randn(2, 2, length, 4, generator=generator)
+            call = caches.CacheCall(mine, length)
+            adapter = adapter_for(caches.CacheCall)
+            assert adapter is not None
+            leaves = Leaves(lambda path, tensor: (None,) * tensor.dim())
+            spec = adapter.flatten(call, leaves, "cache")
+            twin = adapter.rebuild(spec, iter(leaves.tensors))
+            got = update(twin, new, keys)
+            adapter.write_back(spec, call, adapter.state(spec, twin))
+            want = update(stock, new, keys)
+            # behind an empty layer the graph sees zeros where the stock layer sees no states
+            assert all(
+                torch.equal(a[..., -b.shape[-1] :], b) and not a[..., : -b.shape[-1]].any()
+                for a, b in zip(got, want, strict=True)
+            )
+            theirs: Any = stock.layers[0]
+            for group in ("conv_states", "recurrent_states"):
+                a, b = getattr(layer, group)[0], getattr(theirs, group)[0]
+                assert (a is None and b is None) or torch.equal(a, b)
+            assert layer.has_previous_state == theirs.has_previous_state
+            assert layer.conv_states[0] is held, "the states are written in place"
+        mine.reset()
+        stock.reset()
 
 
 # -- through the compiled decoder -------------------------------------------------------------------------------------
@@ -303,3 +380,31 @@ def test_a_changed_mask_counts_in_mid_sequence(models: dict[str, PreTrainedModel
         results.append(got)
     results.append(steps(torch.ones_like(usual), lambda _: None))
     assert all(not torch.allclose(results[0], r, atol=1e-2) for r in results[1:]), "the changes make no difference"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "most"), [("qwen3_5", "dynamic", 2), ("qwen3_5", "static", 2), ("dots3_note", "dynamic", 3)]
+)
+def test_caches_with_other_states(model_type: str, kind: str, most: int) -> None:
+    """Linear attention and indexers: chunks and tokens, a cache that is copied, one that is reset."""
+    model = cp.apply(tiny_model(model_type), cp.CompilationConfig(backend="eager"))
+    ids = tiny_inputs(model, text_len=14, batch=2, images=())["input_ids"]
+    pieces = (ids[:, :6], ids[:, 6:7], ids[:, 7:13], ids[:, 13:])
+
+    @torch.no_grad()
+    def run() -> list[torch.Tensor]:
+        cache = _new_cache(kind, model.config.get_text_config())
+        logits = [model(input_ids=piece, past_key_values=cache).logits for piece in pieces[:2]]
+        copied = copy.deepcopy(cache)
+        logits += [model(input_ids=piece, past_key_values=c).logits for piece in pieces[2:] for c in (cache, copied)]
+        cache.reset()
+        logits += [model(input_ids=piece, past_key_values=cache).logits for piece in pieces]
+        return logits
+
+    with cp.eager(model):
+        want = run()
+    got = run()
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    graphs, eager_calls = _graphs_and_eager_calls(model)
+    assert graphs <= most and eager_calls == 0  # several tokens, one token, and what the indexer asks of sizes

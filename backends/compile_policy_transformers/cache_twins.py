@@ -6,9 +6,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers.cache_utils import DummyLayer, DynamicLayer, StaticLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    LinearAttentionLayer,
+    StaticIndexedLayer,
+    StaticLayer,
+)
 
 from compile_policy.errors import NotCompilable
+from compile_policy_transformers.cache_states import rebuild_states
 
 
 class TracedDynamic(DynamicLayer):
@@ -69,17 +77,71 @@ def slots_to_keep(slots: int, seen: int, new: int, device: torch.device) -> torc
     return torch.tensor(order, device=device)
 
 
+class TracedLinearDynamic(LinearAttentionLayer, TracedDynamic):  # type: ignore[misc, override]
+    """Linear attention beside full attention."""
+
+
+class TracedLinearSliding(LinearAttentionLayer, TracedSliding):  # type: ignore[misc, override]
+    """Linear attention beside sliding attention."""
+
+
+class TracedLinearStatic(LinearAttentionLayer, StaticLayer):  # type: ignore[misc, override]
+    """Linear attention beside full attention over slots."""
+
+
+class TracedIndexed(DynamicIndexedLayer):
+    """`DynamicIndexedLayer` that does not ask whether it is empty."""
+
+    get_seq_length = TracedDynamic.get_seq_length
+
+
+_TWINS: dict[str, type] = {
+    "dynamic": TracedDynamic,
+    "sliding": TracedSliding,
+    "static": StaticLayer,
+    "static_sliding": TracedSliding,
+}
+_LINEAR: dict[str, type] = {
+    "none": LinearAttentionLayer,
+    "dynamic": TracedLinearDynamic,
+    "sliding": TracedLinearSliding,
+    "static": TracedLinearStatic,
+    "static_sliding": TracedLinearSliding,
+}
+_INDEXED: dict[str, type] = {"dynamic": TracedIndexed, "static": StaticIndexedLayer}
+
+
 def rebuild_layer(spec: tuple[Any, ...], leaves: Iterator[torch.Tensor]) -> Any:
+    """A layer around traced tensors, from what `caches` says of it."""
     kind = spec[0]
     if kind == "dummy":
         return DummyLayer()
-    cls: type = {
-        "dynamic": TracedDynamic,
-        "sliding": TracedSliding,
-        "static": StaticLayer,
-        "static_sliding": TracedSliding,
-    }[kind]
-    layer: Any = object.__new__(cls)
+    if kind == "linear":
+        inner = spec[1]
+        layer: Any = object.__new__(_LINEAR[inner[0]])
+        layer.dtype = layer.device = None
+        if inner[0] != "none":
+            _fill(layer, inner[0], leaves)
+        rebuild_states(layer, spec[2], leaves)
+        return layer
+    if kind == "indexed":
+        inner = spec[1]
+        layer = object.__new__(_INDEXED[inner[0]])
+        _fill(layer, inner[0], leaves)
+        layer.indexer_keys = next(leaves)
+        layer.indexer_position_ids = None
+        layer.indexer_dtype, layer.indexer_device = layer.indexer_keys.dtype, layer.indexer_keys.device
+        layer.is_indexer_initialized = True
+        if inner[0] == "static":
+            layer.indexer_cumulative_length = next(leaves)
+        return layer
+    layer = object.__new__(_TWINS[kind])
+    _fill(layer, kind, leaves)
+    return layer
+
+
+def _fill(layer: Any, kind: str, leaves: Iterator[torch.Tensor]) -> None:
+    """Keys and values, and what belongs to them."""
     layer.keys, layer.values = next(leaves), next(leaves)
     layer.is_initialized = True
     layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
@@ -88,4 +150,3 @@ def rebuild_layer(spec: tuple[Any, ...], leaves: Iterator[torch.Tensor]) -> Any:
     elif kind == "static":
         layer.cumulative_length = next(leaves)
         layer.max_cache_len = layer.keys.shape[2]
-    return layer

@@ -12,18 +12,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from transformers.cache_utils import (
-    Cache,
-    DummyLayer,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticLayer,
-    StaticSlidingWindowLayer,
-)
+from transformers.cache_utils import Cache, DummyLayer
 
 from compile_policy.adapters import Leaves, register_adapter
 from compile_policy.errors import NotCompilable
+from compile_policy_transformers import cache_states as states
+from compile_policy_transformers.cache_layers import KINDS, unknown
 from compile_policy_transformers.cache_twins import rebuild_layer, slots_to_keep, states_to_keep
 
 #: Labels of the dims that vary. A full dynamic layer and a sliding one hold different lengths.
@@ -32,76 +26,11 @@ SLOTS, SLIDING_SLOTS = "slots", "sliding_slots"
 
 
 @dataclass(frozen=True)
-class LayerShape:
-    """Heads, key and value dims and dtype of one layer's cache: what lazy initialisation needs."""
-
-    heads: int
-    key_dim: int
-    value_dim: int
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
 class CacheCall:
     """A cache together with the number of new tokens that this call brings."""
 
     cache: Cache
     query_length: int
-
-
-def initialise(cache: Cache, shapes: Sequence[LayerShape | None], batch: int, device: torch.device) -> None:
-    """Give lazy layers their tensors now, so that the graph never meets one without."""
-    if cache.layer_class_to_replicate is not None:
-        while len(cache.layers) < len(shapes):
-            cache.layers.append(cache.layer_class_to_replicate())
-    for layer, shape in zip(cache.layers, shapes, strict=False):
-        if shape is None or isinstance(layer, DummyLayer) or cast(Any, layer).is_initialized:
-            continue
-        keys = _empty(batch, shape.heads, shape.key_dim, shape.dtype, device)
-        values = _empty(batch, shape.heads, shape.value_dim, shape.dtype, device)
-        layer.lazy_initialization(keys, values)
-        if isinstance(layer, DynamicLayer):
-            layer.keys, layer.values = keys, values
-
-
-def _empty(batch: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.empty((batch, heads, 0, dim), dtype=dtype, device=device)
-
-
-def needs_initialisation(cache: Cache) -> bool:
-    """Whether some layer has no tensors yet.
-
-    Raises:
-        NotCompilable: a layer that holds no keys and values, such as the state of linear attention.
-    """
-    if not hasattr(cache, "layers"):
-        raise NotCompilable(f"the cache is a {type(cache).__name__}, which the policy cannot pass to a graph yet")
-    layers: list[Any] = cache.layers
-    for layer in layers:
-        if not hasattr(layer, "is_initialized"):
-            raise _unknown(layer)
-    return cache.layer_class_to_replicate is not None or not all(layer.is_initialized for layer in layers)
-
-
-def is_empty(cache: Cache) -> bool:
-    """Whether no call has used the cache yet."""
-    return not any(getattr(layer, "is_initialized", True) for layer in getattr(cache, "layers", ()))
-
-
-def layer_shapes(cache: Cache) -> list[LayerShape | None]:
-    """Shapes of a cache that has seen at least one call."""
-    result: list[LayerShape | None] = []
-    for layer in cache.layers:
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if keys is None or values is None or keys.dim() != 4:
-            result.append(None)
-        else:
-            result.append(LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype))
-    return result
-
-
-def _unknown(layer: Any) -> NotCompilable:
-    return NotCompilable(f"the cache has a {type(layer).__name__}, which the policy cannot pass to a graph yet")
 
 
 class _CacheAdapter:
@@ -117,7 +46,7 @@ class _CacheAdapter:
         )
         for (kind, size, held), n in selects.items():
             choose = slots_to_keep if kind == "static_sliding" else states_to_keep
-            index = choose(size, held, value.query_length, cache.layers[0].keys.device)
+            index = choose(size, held, value.query_length, out.tensors[-1].device)
             label = SLIDING_SLOTS if kind == "static_sliding" else SLIDING_KEPT
             out.add(index, f"{path}.select[{n}]", (label,), filler=_any_states)
         return (type(cache), layers, len(selects))
@@ -125,27 +54,43 @@ class _CacheAdapter:
     def _flatten_layer(
         self, layer: Any, selects: dict[tuple[str, int, int], int], out: Leaves, path: str
     ) -> tuple[Any, ...]:
-        kind = type(layer)
-        if kind is DummyLayer:
+        if type(layer) is DummyLayer:
             return ("dummy",)
-        if kind is DynamicLayer:
+        if type(layer) not in KINDS:
+            raise unknown(layer)
+        spec = self._flatten_attention(layer, KINDS[type(layer)], selects, out, path)
+        if states.is_linear(layer):
+            return ("linear", spec, states.flatten_states(layer, out, path))
+        if not states.is_indexed(layer):
+            return spec
+        if not layer.is_indexer_initialized or layer.indexer_position_ids is not None:
+            raise NotCompilable("the indexer of the cache is used in a way that no graph serves yet")
+        static = spec[0] == "static"
+        out.add(layer.indexer_keys, f"{path}.indexer_keys", ("batch", SLOTS if static else PAST, None), mutable=static)
+        if static:
+            count = layer.indexer_cumulative_length
+            out.add(count, f"{path}.indexer_cumulative_length", (), mutable=True, filler=_zero)
+        return ("indexed", spec)
+
+    def _flatten_attention(
+        self, layer: Any, kind: str, selects: dict[tuple[str, int, int], int], out: Leaves, path: str
+    ) -> tuple[Any, ...]:
+        if kind == "dynamic":
             self._add(layer, out, path, PAST)
-            return ("dynamic",)
-        if kind is DynamicSlidingWindowLayer:
+        elif kind == "static":
+            self._add(layer, out, path, SLOTS, mutable=True)
+            out.add(layer.cumulative_length, f"{path}.cumulative_length", (), mutable=True, filler=_zero)
+        elif kind == "sliding":
             if layer.record_past:
                 raise NotCompilable("the cache records past states for assisted decoding")
             self._add(layer, out, path, SLIDING_PAST)
             place = ("sliding", layer.sliding_window, layer.keys.shape[2])
             return ("sliding", selects.setdefault(place, len(selects)))
-        if kind is StaticLayer:
-            self._add(layer, out, path, SLOTS, mutable=True)
-            out.add(layer.cumulative_length, f"{path}.cumulative_length", (), mutable=True, filler=_zero)
-            return ("static",)
-        if kind is StaticSlidingWindowLayer:
+        elif kind == "static_sliding":
             self._add(layer, out, path, SLIDING_SLOTS, mutable=True)
             place = ("static_sliding", layer.max_cache_len, layer.cumulative_length_int)
             return ("static_sliding", selects.setdefault(place, len(selects)))
-        raise _unknown(layer)
+        return (kind,)
 
     @staticmethod
     def _add(layer: Any, out: Leaves, path: str, length: str, *, mutable: bool = False) -> None:
@@ -162,36 +107,45 @@ class _CacheAdapter:
         cache.offloading = False
         selects = [next(leaves) for _ in range(n_selects)]
         for s, layer in zip(layer_specs, cache.layers, strict=True):
-            if s[0] in ("sliding", "static_sliding"):
-                layer.select = selects[s[1]]
+            attention = _attention(s)
+            if attention[0] in ("sliding", "static_sliding"):
+                layer.select = selects[attention[1]]
         return cast(Cache, cache)
 
     def state(self, spec: Any, value: Cache) -> list[torch.Tensor]:
-        return [
-            t
-            for s, layer in zip(spec[1], cast(Any, value).layers, strict=True)
-            if s[0] in ("dynamic", "sliding")
-            for t in (layer.keys, layer.values)
-        ]
+        out: list[torch.Tensor] = []
+        for s, layer in zip(spec[1], cast(Any, value).layers, strict=True):
+            grows = _attention(s)[0] in ("dynamic", "sliding")
+            out += (layer.keys, layer.values) if grows else ()
+            out += (layer.indexer_keys,) if grows and s[0] == "indexed" else ()
+        return out
 
     def write_back(self, spec: Any, value: CacheCall, state: list[torch.Tensor]) -> None:
         tensors = iter(state)
         layers: Any = value.cache.layers
         for s, layer in zip(spec[1], layers, strict=True):
-            kind = s[0]
-            if kind == "dynamic":
+            kind = _attention(s)[0]
+            if kind in ("dynamic", "sliding"):
                 layer.keys, layer.values = next(tensors), next(tensors)
+            if kind == "dynamic" and s[0] == "indexed":
+                layer.indexer_keys = next(tensors)
             elif kind == "sliding":
-                layer.keys, layer.values = next(tensors), next(tensors)
                 layer.cumulative_length += value.query_length
             elif kind == "static_sliding":
                 seen = layer.cumulative_length_int
                 layer.cumulative_length_int = seen + value.query_length
                 if seen + value.query_length <= layer.max_cache_len:  # the stock layer stops counting here too
                     layer.cumulative_length.add_(value.query_length)
+            if s[0] == "linear":
+                states.states_written(layer)
 
     def public(self, value: CacheCall) -> Cache:
         return value.cache
+
+
+def _attention(spec: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The part of a layer's spec that is about keys and values."""
+    return spec[1] if spec[0] in ("linear", "indexed") else spec
 
 
 def _zero(sizes: Mapping[str, int], shape: Sequence[int]) -> torch.Tensor:
@@ -205,8 +159,3 @@ def _any_states(sizes: Mapping[str, int], shape: Sequence[int]) -> torch.Tensor:
 
 
 register_adapter(CacheCall, _CacheAdapter())
-
-
-def fresh_cache(config: Any) -> DynamicCache:
-    """What a decoder makes for itself when it is called with ``use_cache`` and no cache."""
-    return DynamicCache(config=config)

@@ -22,7 +22,7 @@ from compile_policy.entry import Entry
 from compile_policy.errors import NotCompilable
 from compile_policy.proof import form_of
 from compile_policy.region import Bound
-from compile_policy_transformers import attention, caches, compat
+from compile_policy_transformers import attention, cache_layers, caches, compat
 from compile_policy_transformers.cache_masks import all_sliding, arranged, each_arranged
 from compile_policy_transformers.decoder_labels import DecoderLabels
 from compile_policy_transformers.deepstack import DeepstackFeatures
@@ -43,7 +43,7 @@ class DecoderBinder:
         self.mask_config: Any = copy.copy(config)
         self.mask_config._attn_implementation_internal = attention.DECODER
         self.parameters = inspect.signature(decoder.forward).parameters
-        self.shapes: dict[torch.dtype, list[caches.LayerShape | None]] = {}
+        self.shapes: dict[torch.dtype, list[cache_layers.LayerShape]] = {}
         self.steps = DecodeSteps()
         self.features = DeepstackFeatures(decoder)
 
@@ -84,7 +84,7 @@ class DecoderBinder:
         mask = values.get("attention_mask")
         rows = _counting_rows(mask, tokens.shape[1])
         padded = rows is not None or (isinstance(mask, torch.Tensor) and mask.dim() == 2 and not mask.all())
-        empty = values.get("past_key_values") is None or caches.is_empty(values["past_key_values"])
+        empty = values.get("past_key_values") is None or cache_layers.is_empty(values["past_key_values"])
         return (form_of(values), padded, tokens.shape[1] == 1, tokens.shape[0] == 1, empty), rows
 
     def step(self, kwargs: dict[str, Any], here: tuple[Any, ...]) -> Step | None:
@@ -122,20 +122,20 @@ class DecoderBinder:
             recomputed = module.training and getattr(module, "is_gradient_checkpointing", False)
             use_cache = bool(getattr(self.config, "use_cache", False)) and not recomputed
         if cache is None and use_cache:
-            cache = caches.fresh_cache(self.config)
+            cache = cache_layers.fresh_cache(self.config)
         if cache is None:
             values["use_cache"] = False
             return None
         if not isinstance(cache, Cache):
             raise NotCompilable(f"the cache is a {type(cache).__name__}, which is no Transformers Cache")
         values["use_cache"] = use_cache
-        if caches.needs_initialisation(cache):
-            caches.initialise(cache, self._layer_shapes(module, values, embeds), embeds.shape[0], embeds.device)
+        if cache_layers.needs_initialisation(cache, self.shapes.get(embeds.dtype)):
+            cache_layers.initialise(cache, self._layer_shapes(module, values, embeds), embeds.shape[0], embeds.device)
         return cache
 
     def _layer_shapes(
         self, module: torch.nn.Module, values: Mapping[str, Any], embeds: torch.Tensor
-    ) -> list[caches.LayerShape | None]:
+    ) -> list[cache_layers.LayerShape]:
         """Learned once a dtype by an eager call: configurations name heads and dims in too many ways."""
         if embeds.dtype not in self.shapes:
             two_tokens = {"inputs_embeds": embeds.new_zeros(1, 2, embeds.shape[2])}
@@ -145,11 +145,11 @@ class DecoderBinder:
                 self.shapes[embeds.dtype] = self._shapes_after(module, values)
         return self.shapes[embeds.dtype]
 
-    def _shapes_after(self, module: torch.nn.Module, call: Mapping[str, Any]) -> list[caches.LayerShape | None]:
-        cache = caches.fresh_cache(self.config)
+    def _shapes_after(self, module: torch.nn.Module, call: Mapping[str, Any]) -> list[cache_layers.LayerShape]:
+        cache = cache_layers.fresh_cache(self.config)
         with torch.no_grad():
             module.forward(**{**call, "past_key_values": cache, "use_cache": True})
-        return caches.layer_shapes(cache)
+        return cache_layers.layer_shapes(cache)
 
     def position_ids(self, ids: torch.Tensor | None, embeds: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """Position ids of every row and of every kind of position that the decoder has."""

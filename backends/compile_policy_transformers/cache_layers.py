@@ -1,0 +1,137 @@
+"""What the layers of a cache hold, and layers that hold nothing yet.
+
+Transformers' layers make their tensors when the first states arrive. A graph is never to meet one without, so they are
+made before the call, in the shapes that an eager call of the decoder has shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicCache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionAndStaticSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+    StaticIndexedLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from compile_policy.errors import NotCompilable
+from compile_policy_transformers import cache_states as states
+
+#: Class of a layer -> how its keys and values are kept.
+KINDS: dict[type, str] = {
+    DynamicLayer: "dynamic",
+    DynamicIndexedLayer: "dynamic",
+    LinearAttentionAndFullAttentionLayer: "dynamic",
+    DynamicSlidingWindowLayer: "sliding",
+    LinearAttentionAndSlidingWindowAttentionLayer: "sliding",
+    StaticLayer: "static",
+    StaticIndexedLayer: "static",
+    LinearAttentionAndStaticFullAttentionLayer: "static",
+    StaticSlidingWindowLayer: "static_sliding",
+    LinearAttentionAndStaticSlidingWindowAttentionLayer: "static_sliding",
+    LinearAttentionLayer: "none",
+}
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What lazy initialisation of one layer needs: empty keys and values, states, the keys of an indexer."""
+
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    states: states.StateShapes | None = None
+    indexer: torch.Tensor | None = None
+
+
+def initialise(cache: Cache, shapes: Sequence[LayerShape], batch: int, device: torch.device) -> None:
+    """Give lazy layers their tensors now, so that the graph never meets one without."""
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) < len(shapes):
+            cache.layers.append(cache.layer_class_to_replicate())
+    layers: list[Any] = cache.layers
+    for layer, shape in zip(layers, shapes, strict=False):
+        if shape.keys is not None and shape.values is not None and not layer.is_initialized:
+            keys, values = (t.new_empty((batch, *t.shape[1:]), device=device) for t in (shape.keys, shape.values))
+            layer.lazy_initialization(keys, values)
+            if isinstance(layer, DynamicLayer):
+                layer.keys, layer.values = keys, values
+        if shape.states is not None:
+            states.initialise_states(layer, shape.states, batch, device)
+        if shape.indexer is not None and not layer.is_indexer_initialized:
+            states.initialise_indexer(layer, shape.indexer, batch, device)
+
+
+def needs_initialisation(cache: Cache, shapes: Sequence[LayerShape] | None) -> bool:
+    """Whether some layer has no tensors yet.
+
+    Args:
+        shapes: what its layers are going to hold, once that is known.
+
+    Raises:
+        NotCompilable: layers of a class that is not known.
+    """
+    if not hasattr(cache, "layers"):
+        raise NotCompilable(f"the cache is a {type(cache).__name__}, which the policy cannot pass to a graph yet")
+    if cache.layer_class_to_replicate is not None:
+        return True
+    layers: list[Any] = cache.layers
+    return any(_lacks(layer, shapes[i] if shapes and i < len(shapes) else None) for i, layer in enumerate(layers))
+
+
+def _lacks(layer: Any, shape: LayerShape | None) -> bool:
+    if type(layer) is DummyLayer:
+        return False
+    if type(layer) not in KINDS:
+        raise unknown(layer)
+    if states.is_linear(layer) and states.states_missing(layer, None if shape is None else shape.states):
+        return True
+    if states.is_indexed(layer) and not layer.is_indexer_initialized and (shape is None or shape.indexer is not None):
+        return True
+    unused = shape is not None and shape.keys is None
+    return KINDS[type(layer)] != "none" and not unused and not layer.is_initialized
+
+
+def is_empty(cache: Cache) -> bool:
+    """Whether no call has used the cache yet."""
+    layers: Any = getattr(cache, "layers", ())
+    used = (any(x.has_previous_state.values()) if states.is_linear(x) else x.is_initialized for x in layers)
+    return not any(used)
+
+
+def layer_shapes(cache: Cache) -> list[LayerShape]:
+    """Shapes of a cache that has seen at least one call."""
+    return [_shape(layer) for layer in cache.layers]
+
+
+def _shape(layer: Any) -> LayerShape:
+    keys: Any = getattr(layer, "keys", None)
+    values: Any = getattr(layer, "values", None)
+    if keys is not None and keys.dim() == values.dim() == 4:
+        keys, values = keys[:, :, :0].clone(), values[:, :, :0].clone()  # a view would keep all states alive
+    else:
+        keys = values = None
+    indexer = layer.indexer_keys[:, :0].clone() if states.is_indexed(layer) and layer.is_indexer_initialized else None
+    return LayerShape(keys, values, states.state_shapes(layer) if states.is_linear(layer) else None, indexer)
+
+
+def unknown(layer: Any) -> NotCompilable:
+    return NotCompilable(f"the cache has a {type(layer).__name__}, which the policy cannot pass to a graph yet")
+
+
+def fresh_cache(config: Any) -> DynamicCache:
+    """What a decoder makes for itself when it is called with ``use_cache`` and no cache."""
+    return DynamicCache(config=config)

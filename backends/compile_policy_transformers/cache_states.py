@@ -1,0 +1,109 @@
+"""States of a cache layer beside keys and values: of linear attention, and of an indexer that selects keys.
+
+Linear attention keeps convolution and recurrent states of fixed size, which it overwrites in place. Whether they hold
+anything yet is a flag, by which models choose another way through their code; inside a graph it is always set, because
+states of zeros, which new and reset layers have, mean the same as none. An indexer keeps keys of its own, which grow
+or fill up as the others do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicIndexedLayer, LinearAttentionCacheLayerMixin, StaticIndexedLayer
+
+from compile_policy.adapters import Leaves
+from compile_policy.errors import NotCompilable
+
+_GROUPS = ("conv_states", "recurrent_states")
+
+
+@dataclass(frozen=True)
+class StateShapes:
+    """Sizes behind the batch, and dtype, of each state by group and number; the length of each convolution."""
+
+    states: Mapping[str, Mapping[int, tuple[tuple[int, ...], torch.dtype]]]
+    kernels: Mapping[int, int | None]
+
+
+def is_linear(layer: Any) -> bool:
+    return isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
+def is_indexed(layer: Any) -> bool:
+    return isinstance(layer, (DynamicIndexedLayer, StaticIndexedLayer))
+
+
+# -- linear attention -------------------------------------------------------------------------------------------------
+
+
+def state_shapes(layer: Any) -> StateShapes:
+    """Shapes in a layer that has seen a call."""
+    states = {
+        group: {n: (tuple(t.shape[1:]), t.dtype) for n, t in getattr(layer, group).items() if t is not None}
+        for group in _GROUPS
+    }
+    return StateShapes(states, dict(layer.conv_kernel_size))
+
+
+def states_missing(layer: Any, shapes: StateShapes | None) -> bool:
+    """Whether a state that the decoder uses has no tensor yet; before any shape is known, all of them."""
+    if shapes is None:
+        return not any(layer.has_previous_state.values())
+    return any(getattr(layer, group)[n] is None for group, found in shapes.states.items() for n in found)
+
+
+def initialise_states(layer: Any, shapes: StateShapes, batch: int, device: torch.device) -> None:
+    """Zero states, marked as empty: what the layer makes for itself at its first call."""
+    for group, found in shapes.states.items():
+        for n, (sizes, dtype) in found.items():
+            if getattr(layer, group)[n] is None:
+                state = torch.zeros((batch, *sizes), dtype=dtype, device=device)
+                kernel = {"conv_kernel_size": shapes.kernels[n]} if group == "conv_states" else {}
+                layer.lazy_initialization(**{group: state}, state_idx=n, **kernel)
+
+
+def flatten_states(layer: Any, out: Leaves, path: str) -> tuple[Any, ...]:
+    """Spec of the states; their tensors, which the graph writes into, go to ``out``."""
+    if layer.record_past:
+        raise NotCompilable("the cache records past states for assisted decoding")
+    groups = []
+    for group in _GROUPS:
+        held = [(n, t) for n, t in getattr(layer, group).items() if t is not None]
+        for n, t in held:
+            labels = ("batch", *(None,) * (t.dim() - 1))
+            out.add(t, f"{path}.{group}[{n}]", labels, mutable=True)
+        groups.append(tuple(n for n, _ in held))
+    return (*groups, tuple(layer.conv_kernel_size.items()))
+
+
+def rebuild_states(layer: Any, spec: tuple[Any, ...], leaves: Iterator[torch.Tensor]) -> None:
+    """Put traced states into a layer under construction."""
+    convolutions, recurrents, kernels = spec
+    layer.number_of_states = len(kernels)
+    layer.conv_states = dict.fromkeys(n for n, _ in kernels) | {n: next(leaves) for n in convolutions}
+    layer.recurrent_states = dict.fromkeys(n for n, _ in kernels) | {n: next(leaves) for n in recurrents}
+    layer.is_conv_states_initialized = {n: n in convolutions for n, _ in kernels}
+    layer.is_recurrent_states_initialized = {n: n in recurrents for n, _ in kernels}
+    layer.has_previous_state = {n: n in convolutions for n, _ in kernels}
+    layer.conv_kernel_size = dict(kernels)
+    layer.record_past = False
+
+
+def states_written(layer: Any) -> None:
+    """A call has filled the states."""
+    for n, filled in layer.is_conv_states_initialized.items():
+        layer.has_previous_state[n] = layer.has_previous_state[n] or filled
+
+
+# -- indexers ---------------------------------------------------------------------------------------------------------
+
+
+def initialise_indexer(layer: Any, like: torch.Tensor, batch: int, device: torch.device) -> None:
+    """An empty indexer; ``like`` has its dtype and, last, its width."""
+    layer.lazy_initialization_indexer(torch.empty((batch, 0, like.shape[-1]), dtype=like.dtype, device=device))
+    if isinstance(layer, DynamicIndexedLayer):
+        layer.indexer_keys = torch.empty((batch, 0, like.shape[-1]), dtype=like.dtype, device=device)
