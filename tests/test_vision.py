@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
 import compile_policy as cp
-from compile_policy.errors import NotCompilable, PolicyWarning
+from compile_policy.errors import PolicyWarning
 from compile_policy.plan import ComponentReport
-from compile_policy_transformers import attention, vision
+from compile_policy_transformers import attention, prologue, vision
+from compile_policy_transformers.pictures import probe
 from compile_policy_transformers.tiny import tiny_inputs, tiny_model
 
 GRID = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "glm_ocr", "exaone4_5")
@@ -181,34 +184,47 @@ def test_experimental_warning() -> None:
 
 @pytest.mark.parametrize("model_type", GRID)
 def test_layout_is_recorded(model_type: str) -> None:
-    """The prologue finds the packed lengths of the pictures, and leaves module and functions as they were."""
+    """The prologue finds the packed lengths of other pictures, and leaves functions as they were."""
     model = tiny_model(model_type)
     tower: Any = model.get_encoder("image")
     assert vision.is_grid_tower(tower)
     names = dict(vars(sys.modules[type(tower).__module__]))
-    pixels, grid = _tower_call(model, PICTURES[2])
-    layout = vision.record_layout(tower, pixels, grid)
-    assert layout["cu_seqlens"].tolist() == [0, *(grid[:, 1] * grid[:, 2]).cumsum(0).tolist()]
+    learned, _, _ = probe(tower, _named_call(model, PICTURES[0]))
+    call = _named_call(model, PICTURES[2])
+    grid = call["grid_thw"]
+    assert learned.run(call)["cu_seqlens"].tolist() == [0, *(grid[:, 1] * grid[:, 2]).cumsum(0).tolist()]
     assert names == dict(vars(sys.modules[type(tower).__module__]))
     assert not any(m._forward_pre_hooks for m in tower.modules())
 
 
+def _named_call(model: PreTrainedModel, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
+    pixels, grid = _tower_call(model, sizes)
+    tower: Any = model.get_encoder("image")
+    return {next(iter(inspect.signature(tower.forward).parameters)): pixels, "grid_thw": grid}
+
+
 def test_layout_after_an_error() -> None:
-    """A tower that fails in its prologue leaves nothing patched, and one without sub-modules is refused."""
+    """A tower that fails while it is watched leaves nothing patched."""
     model = tiny_model("qwen2_5_vl")
     tower: Any = model.get_encoder("image")
     module = sys.modules[type(tower).__module__]
     before = dict(vars(module))
     with pytest.raises((ValueError, IndexError, RuntimeError)):
-        vision.record_layout(tower, torch.zeros(4, 4), torch.tensor([[1, 2]]))
+        prologue.learn(tower, {"hidden_states": torch.zeros(4, 4), "grid_thw": torch.tensor([[1, 2]])})
     assert before == dict(vars(module))
 
-    class Childless(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x
 
-    with pytest.raises(NotCompilable, match="without calling a sub-module"):
-        vision.record_layout(Childless(), torch.ones(1))
+def test_layout_of_a_derived_grid() -> None:
+    """A tower that hands a function another grid than its own: columns, multiples and constants are recognised."""
+    grid = torch.tensor([[1, 4, 6], [1, 2, 8]])
+    values = {"grid_thw": grid, "pixels": torch.ones(2, 3)}
+    for derived in (grid, grid[:, [0, 2, 1]], grid * torch.tensor([1, 2, 2]), F.pad(grid[:, 1:], (1, 0), value=1)):
+        found = prologue.origin(derived, values)
+        assert found is not None and torch.equal(found.of(values), derived)
+    other = {"grid_thw": torch.tensor([[1, 3, 5]])}
+    swapped = prologue.origin(grid[:, [0, 2, 1]], values)
+    assert swapped is not None and swapped.of(other).tolist() == [[1, 5, 3]]
+    assert prologue.origin(grid + 1, values) is None
 
 
 def test_fixed_size_towers_are_no_grid_towers() -> None:

@@ -21,7 +21,8 @@ from compile_policy_transformers.components import meta_model
 from compile_policy_transformers.decoder import DecoderBinder
 from compile_policy_transformers.outputs import use_for_outputs
 from compile_policy_transformers.planning import make_plan
-from compile_policy_transformers.vision import EncoderBinder
+from compile_policy_transformers.stacks import StackBinder, is_stack
+from compile_policy_transformers.vision import EncoderBinder, is_grid_tower
 
 use_for_outputs()
 # Where a checkpoint is from and what its classes are called: two checkpoints of one architecture run the same graph.
@@ -70,7 +71,9 @@ def _attach(model: torch.nn.Module, component: Component, config: CompilationCon
 
 def binder_for(role: str, module: torch.nn.Module) -> Binder:
     """How calls of a component with this role are made canonical."""
-    return DecoderBinder(module) if role == "decoder" else EncoderBinder(module)
+    if role == "decoder":
+        return DecoderBinder(module)
+    return StackBinder(module) if is_stack(module) and not is_grid_tower(module) else EncoderBinder(module)
 
 
 @contextmanager

@@ -125,3 +125,8 @@ register_lookup_table(
     "_CAN_RECORD_REGISTRY",
     "what a class can record is looked up by class; the table grows when other models are built",
 )
+
+
+def collects_outputs() -> bool:
+    """Whether a Transformers model around the current call collects what its layers compute."""
+    return bool(output_capturing_of_transformers._active_collector.get())

@@ -23,6 +23,7 @@ from compile_policy_transformers.components import Found, holds, meta_model, qua
 from compile_policy_transformers.decoder import DecoderBinder
 from compile_policy_transformers.loading import config_of
 from compile_policy_transformers.multimodal import MODALITIES, decoder_as_named
+from compile_policy_transformers.stacks import StackBinder
 from compile_policy_transformers.vision import EncoderBinder
 
 #: What the labels of decoders and towers over whole pictures mean.
@@ -36,6 +37,8 @@ LABELS = {
     caches.SLIDING_SLOTS: "length of a sliding layer of a static cache",
     "visual_tokens": "visual tokens that the first layers add",
     "mask_heads": "heads of the mask",
+    "patches": "patches of each picture, or of all packed ones",
+    "packed pictures": "packed pictures of the call, and one",
     "images": "pictures, or pieces of sound, of the call",
 }
 
@@ -141,6 +144,8 @@ def sample_bound(model: nn.Module, component: Component) -> Bound:
             if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
                 given["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
             return binder.bind(module, (), given)
+        if isinstance(binder, StackBinder):
+            return binder.bind(module, (), {next(iter(binder.parameters)): _states(module)})
         assert isinstance(binder, EncoderBinder)
         first = next(iter(binder.parameters))
         if not binder.grid:
@@ -155,6 +160,11 @@ def _embeds(decoder: Any) -> torch.Tensor:
     table = decoder.get_input_embeddings()
     width = getattr(table, "embedding_dim", None) or decoder.config.hidden_size
     return torch.empty(2, 3, width, dtype=next(decoder.parameters()).dtype)
+
+
+def _states(stack: Any) -> torch.Tensor:
+    """Hidden states of a stack of layers."""
+    return torch.empty(2, 3, stack.config.hidden_size, dtype=next(stack.parameters()).dtype)
 
 
 def _patch_width(tower: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -16,6 +16,7 @@ from compile_policy.plan import Component, Decision, Plan
 from . import compat
 from .base import find_components
 from .components import Found
+from .stacks import stacks_of
 
 AUTO_COMPILE_NOTE = "generate()'s own auto-compile of the whole model is turned off while the policy is applied."
 ENCODER_FLAG = "--compile-mm-encoder (compile_mm_encoder=True)"
@@ -58,7 +59,7 @@ def make_plan(model: nn.Module, config: CompilationConfig) -> Plan:
     if obstacle is not None:
         _warn(type(model).__name__, obstacle)
         return _plan(model, [_component(f, *_eager(f, obstacle)) for f in found])
-    components = [_component(f, *_decide(f, config)) for f in found]
+    components = [row for f in found for row in _rows(f, config)]
     if any(c.role.startswith("encoder") and c.decision == "compile" for c in components):
         warnings.warn(EXPERIMENTAL, PolicyWarning, stacklevel=2)
     return _plan(model, components)
@@ -72,6 +73,16 @@ def _plan(model: nn.Module, components: list[Component]) -> Plan:
 
 def _component(found: Found, decision: Decision, reason: str, remedy: str) -> Component:
     return Component(found.role, found.qualname, type(found.module).__name__, decision, reason, remedy)
+
+
+def _rows(found: Found, config: CompilationConfig) -> list[Component]:
+    """The component, and after it the stacks of layers that are compiled in its place."""
+    stacks = stacks_of(found.module) if _is_encoder(found) and config.compile_mm_encoder else []
+    if not stacks:
+        return [_component(found, *_decide(found, config))]
+    reason = "it reads the sizes of its pictures in Python; its layers, which see none of that, are compiled instead"
+    inside = [replace(found, qualname=f"{found.qualname}.{path}", module=module) for path, module in stacks]
+    return [_component(found, "eager", reason, ""), *(_component(f, *_decide(f, config)) for f in inside)]
 
 
 def _is_encoder(found: Found) -> bool:

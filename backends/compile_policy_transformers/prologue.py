@@ -1,0 +1,226 @@
+"""What a vision tower computes from the grid of its pictures, outside the graph.
+
+Positions, window orders and sequence lengths depend on the values of a grid, in Python and with sizes that only the
+values tell. Transformers' own ``get_vision_...`` functions compute them, and take a result that is handed back to the
+tower as a keyword argument. An eager run of the tower on small pictures shows which of them it calls and with what;
+from then on they are called before the graph, with the grid of each call. No model code is changed.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compile_policy.errors import NotCompilable
+
+#: Stands for every longest length: the varlen operator reads lengths from the tensor, a number would be a constant.
+ANY_LENGTH = 1 << 20
+_LENGTH = "get_max_seqlen"
+_lock = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a grid that a tower derives from the one that it was called with.
+
+    Attributes:
+        source: the column that it is a multiple of; ``None`` for a constant.
+        factor: the multiple, or the constant.
+    """
+
+    source: int | None
+    factor: int
+
+    def of(self, grid: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(grid[:, 0], self.factor) if self.source is None else grid[:, self.source] * self.factor
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A tensor that comes from an argument of the call: the argument itself, or a grid made from its columns."""
+
+    argument: str
+    columns: tuple[Column, ...] = ()
+
+    def of(self, values: Mapping[str, Any]) -> Any:
+        given = values[self.argument]
+        return torch.stack([c.of(given) for c in self.columns], dim=1) if self.columns else given
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a layout function.
+
+    Attributes:
+        function: the function.
+        given: its arguments by position or name; tensors are `Derived` from the arguments of the call.
+        names: keyword arguments of the tower under which the results are handed back.
+    """
+
+    function: Callable[..., Any]
+    given: tuple[tuple[int | str, Any], ...]
+    names: tuple[str, ...]
+
+    def run(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        if self.function.__name__ == _LENGTH:
+            return dict.fromkeys(self.names, ANY_LENGTH)
+        arguments = {place: v.of(values) if isinstance(v, Derived) else v for place, v in self.given}
+        positional = [arguments[i] for i in range(sum(isinstance(place, int) for place in arguments))]
+        named = {place: value for place, value in arguments.items() if isinstance(place, str)}
+        brought = {name: values[name] for name in self.names if name in values}
+        return _named(self.names, self.function(*positional, **named, kwargs=brought))
+
+
+class Prologue:
+    """The layout functions that a tower calls."""
+
+    def __init__(self, steps: tuple[Step, ...]) -> None:
+        self.steps = steps
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Prologue) and self.steps == other.steps
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The keyword arguments that `run` makes."""
+        return frozenset(name for step in self.steps for name in step.names)
+
+    def run(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Layout of the pictures of a call, by keyword argument; ``values`` are its arguments by name."""
+        layout: dict[str, Any] = {}
+        for step in self.steps:
+            layout.update(step.run(values))
+        return layout
+
+
+def learn(tower: torch.nn.Module, values: Mapping[str, Any]) -> Prologue:
+    """Run ``tower(**values)`` and note the layout functions that it calls.
+
+    Raises:
+        NotCompilable: the tower hands something to a layout function that is not known to come from the call, or asks
+            for two layouts under one name.
+        Exception: whatever the tower raises on these pictures.
+    """
+    seen: list[Step] = []
+    with _lock, _noting(tower, values, seen), torch.no_grad():
+        try:
+            tower.forward(**values)  # hooks of the tower itself run round the whole call
+        except NotCompilable:
+            raise
+        except Exception:
+            if not _on_meta(tower):  # without weights only what was called so far is known
+                raise
+    steps: list[Step] = []
+    for step in seen:
+        if step in steps or (step.function.__name__ == _LENGTH and any(step.names == s.names for s in steps)):
+            continue
+        if any(set(step.names) & set(known.names) for known in steps):
+            raise NotCompilable(f"{type(tower).__name__} computes {' and '.join(step.names)} in two ways")
+        steps.append(step)
+    return Prologue(tuple(steps))
+
+
+def layout_functions(tower: torch.nn.Module) -> dict[str, Callable[..., Any]]:
+    """The layout functions that the module of ``tower`` has, by name."""
+    namespace = vars(sys.modules[type(tower).__module__])
+    return {n: f for n, f in namespace.items() if (n.startswith("get_vision_") or n == _LENGTH) and callable(f)}
+
+
+@contextmanager
+def _noting(tower: torch.nn.Module, values: Mapping[str, Any], seen: list[Step]) -> Iterator[None]:
+    """Note the calls of layout functions that this thread makes."""
+    thread = threading.get_ident()
+    namespace = vars(sys.modules[type(tower).__module__])
+    functions = layout_functions(tower)
+
+    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, kwargs: dict[str, Any] | None = None, **named: Any) -> Any:
+            if threading.get_ident() != thread or kwargs is None:
+                return function(*args, **named) if kwargs is None else function(*args, **named, kwargs=kwargs)
+            asked = _Asked(kwargs)
+            result = function(*args, **named, kwargs=asked)
+            for name in asked.names:
+                kwargs.pop(name, None)
+            arguments: dict[int | str, Any] = {**dict(enumerate(args)), **dict(named.items())}
+            seen.append(_step(tower, function, arguments, tuple(asked.names), values))
+            return result
+
+        return call
+
+    try:
+        namespace.update({name: noting(function) for name, function in functions.items()})
+        yield
+    finally:
+        namespace.update(functions)
+
+
+class _Asked(dict[str, Any]):
+    """Keyword arguments that note which of them are asked for."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        super().__init__(given)
+        self.names: dict[str, None] = {}
+
+    def pop(self, name: str, *default: Any) -> Any:
+        self.names[name] = None
+        return super().pop(name, *default)
+
+
+def _step(
+    tower: torch.nn.Module,
+    function: Callable[..., Any],
+    arguments: Mapping[int | str, Any],
+    names: tuple[str, ...],
+    values: Mapping[str, Any],
+) -> Step:
+    given: list[tuple[int | str, Any]] = []
+    for place, value in arguments.items() if function.__name__ != _LENGTH else ():
+        found = origin(value, values) if isinstance(value, torch.Tensor) else value
+        if found is None and value is not None:
+            raise NotCompilable(f"{type(tower).__name__} hands {function.__name__} a tensor that it computes itself")
+        given.append((place, found))
+    return Step(function, tuple(given), names)
+
+
+def origin(value: torch.Tensor, values: Mapping[str, Any]) -> Derived | None:
+    """How ``value`` comes from the arguments of the call."""
+    tensors = {n: v for n, v in values.items() if isinstance(v, torch.Tensor) and not v.is_floating_point()}
+    for name, candidate in tensors.items():
+        if value is candidate or torch.equal(value, candidate):
+            return Derived(name)
+    for name, candidate in tensors.items():
+        if value.dim() == candidate.dim() == 2 and len(value) == len(candidate):
+            columns = [_column(column, candidate, i) for i, column in enumerate(value.unbind(1))]
+            known = tuple(c for c in columns if c is not None)
+            if len(known) == len(columns):
+                return Derived(name, known)
+    return None
+
+
+def _column(column: torch.Tensor, grid: torch.Tensor, place: int) -> Column | None:
+    """How ``column`` comes from ``grid``; its own place is the likely one."""
+    for i in sorted(range(grid.shape[1]), key=lambda i: i != place):
+        source = grid[:, i].cpu()
+        factor = int(column[0]) // max(int(source[0]), 1)
+        likely = factor and (i == place or source.unique().numel() > 1)  # a column that never varies says little
+        if likely and torch.equal(source * factor, column.cpu().to(source.dtype)):
+            return Column(i, factor)
+    return Column(None, int(column[0])) if column.unique().numel() == 1 else None
+
+
+def _named(names: tuple[str, ...], result: Any) -> dict[str, Any]:
+    parts = result if isinstance(result, tuple) else (result,)
+    layout = dict(zip(names, parts, strict=True))
+    return {name: ANY_LENGTH if name.startswith("max_") else v for name, v in layout.items()}
+
+
+def _on_meta(tower: torch.nn.Module) -> bool:
+    return any(p.is_meta for p in tower.parameters())
