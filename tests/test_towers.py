@@ -22,7 +22,7 @@ from compile_policy_transformers.vision import EncoderBinder
 WHOLE = ("paddleocr_vl", "kimi_k25", "muse_glimmer", "muse_spark", "minimax_m3_vl", "inkling2", "minicpm_ocr")
 WHOLE_TOO = ("minicpmv4_6", "minicpmv4_7")
 #: Compiled from their layers on.
-STACKS = ("lighton_ocr", "pix2struct", "lfm2_vl", "mistral3", "mistral_large4", "gemma4", "diffusion_gemma", "mllama")
+STACKS = ("lighton_ocr", "pix2struct", "lfm2_vl", "gemma4", "diffusion_gemma", "mllama")
 STACKS_TOO = ("kosmos-2.5", "nemotron_h_omni", "video_llama_3", "cosmos3_edge")
 FAST = ("paddleocr_vl", "lighton_ocr", "pix2struct", "lfm2_vl")
 PICTURES: tuple[tuple[tuple[int, int], ...], ...] = (
@@ -110,6 +110,24 @@ def test_asked_for_hidden_states() -> None:
     assert len(got) == len(want) > 1 and all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
     row = next(r for r in cp.report(model).components if r.role == "encoder[image]" and r.decision == "compile")
     assert row.eager_calls == 1 and "outputs of its layers" in str(row.fallback)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "place"), [("hunyuan_vl", "HunYuanVLVisionTransformer"), ("lfm3_vl", "Lfm3VlVisionModel")]
+)
+def test_one_picture_after_another(model_type: str, place: str) -> None:
+    """A tower that goes through its pictures in Python runs eager; the line is named, and looked for only once."""
+    model = tiny_model(model_type)
+    tower, calls = _tower_calls(model)
+    with torch.no_grad():
+        want = [_tensors(tower(*a, **k)) for a, k in calls]
+        cp.apply(model, cp.CompilationConfig(backend="eager", compile_mm_encoder=True))
+        for (a, k), features in zip(calls, want, strict=True):
+            assert all(torch.equal(g, w) for g, w in zip(_tensors(tower(*a, **k)), features, strict=True))
+    row = next(r for r in cp.report(model).components if r.role == "encoder[image]")
+    assert (row.graphs, row.eager_calls) == (0, len(calls))
+    assert f"one by one in Python: {place}, modeling_{model_type}.py:" in str(row.fallback)
+    assert ".tolist()" in str(row.fallback)
 
 
 def test_plan_names_the_stack() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from compile_policy.errors import NotCompilable, first_line
+from compile_policy_transformers import attention
 from compile_policy_transformers.prologue import Prologue, learn
 
 #: Arguments of a tower that hold (frames,) height and width of every picture, in patches.
@@ -59,14 +60,20 @@ def probe(tower: nn.Module, values: Mapping[str, Any]) -> tuple[Prologue, dict[s
     for merge, dim in itertools.product(merges, _patch_dims(tower, values)):
         try:
             one, other = (_call_with(tower, values, grids, merge, dim) for grids in (_EXAMPLE, _OTHER))
-            prologue = learn(tower, one)
-            if prologue != learn(tower, other):
+            with attention.traced_with(attention.configs_below(tower), attention.ENCODER):
+                prologue, again = learn(tower, one), learn(tower, other)
+            if prologue != again:
                 raise NotCompilable(f"what {type(tower).__name__} computes from a grid differs from call to call")
         except NotCompilable:
             raise
         except Exception as error:
             why = why or error
             continue
+        if prologue.reads:
+            raise NotCompilable(
+                f"it goes through its pictures one by one in Python: {prologue.reads}",
+                remedy="Write that part over all patches at once, in a subclass (compile_policy.layers.override).",
+            )
         return prologue, _with_layout(prologue, one), _with_layout(prologue, other)
     found = f": {first_line(why)}" if why is not None else ""
     raise NotCompilable(f"{type(tower).__name__} runs on none of the example grids{found}") from why

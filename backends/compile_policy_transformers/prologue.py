@@ -8,6 +8,8 @@ from then on they are called before the graph, with the grid of each call. No mo
 
 from __future__ import annotations
 
+import linecache
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from compile_policy.errors import NotCompilable
 
@@ -78,10 +81,15 @@ class Step:
 
 
 class Prologue:
-    """The layout functions that a tower calls."""
+    """The layout functions that a tower calls.
 
-    def __init__(self, steps: tuple[Step, ...]) -> None:
+    Attributes:
+        reads: class, file, line and code where the tower turns a grid into numbers outside of them; usually empty.
+    """
+
+    def __init__(self, steps: tuple[Step, ...], reads: str = "") -> None:
         self.steps = steps
+        self.reads = reads
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Prologue) and self.steps == other.steps
@@ -110,7 +118,8 @@ def learn(tower: torch.nn.Module, values: Mapping[str, Any]) -> Prologue:
         Exception: whatever the tower raises on these pictures.
     """
     seen: list[Step] = []
-    with _lock, _noting(tower, values, seen), torch.no_grad():
+    reads = NumbersRead()
+    with _lock, _noting(tower, values, seen, reads), torch.no_grad(), reads:
         try:
             tower.forward(**values)  # hooks of the tower itself run round the whole call
         except NotCompilable:
@@ -120,12 +129,13 @@ def learn(tower: torch.nn.Module, values: Mapping[str, Any]) -> Prologue:
                 raise
     steps: list[Step] = []
     for step in seen:
-        if step in steps or (step.function.__name__ == _LENGTH and any(step.names == s.names for s in steps)):
+        known_names = {name for known in steps for name in known.names}
+        if step in steps or (step.function.__name__ == _LENGTH and known_names.issuperset(step.names)):
             continue
-        if any(set(step.names) & set(known.names) for known in steps):
+        if known_names.intersection(step.names):
             raise NotCompilable(f"{type(tower).__name__} computes {' and '.join(step.names)} in two ways")
         steps.append(step)
-    return Prologue(tuple(steps))
+    return Prologue(tuple(steps), reads.place)
 
 
 def layout_functions(tower: torch.nn.Module) -> dict[str, Callable[..., Any]]:
@@ -135,7 +145,7 @@ def layout_functions(tower: torch.nn.Module) -> dict[str, Callable[..., Any]]:
 
 
 @contextmanager
-def _noting(tower: torch.nn.Module, values: Mapping[str, Any], seen: list[Step]) -> Iterator[None]:
+def _noting(tower: torch.nn.Module, values: Mapping[str, Any], seen: list[Step], reads: NumbersRead) -> Iterator[None]:
     """Note the calls of layout functions that this thread makes."""
     thread = threading.get_ident()
     namespace = vars(sys.modules[type(tower).__module__])
@@ -146,7 +156,8 @@ def _noting(tower: torch.nn.Module, values: Mapping[str, Any], seen: list[Step])
             if threading.get_ident() != thread or kwargs is None:
                 return function(*args, **named) if kwargs is None else function(*args, **named, kwargs=kwargs)
             asked = _Asked(kwargs)
-            result = function(*args, **named, kwargs=asked)
+            with reads.allowed():
+                result = function(*args, **named, kwargs=asked)
             for name in asked.names:
                 kwargs.pop(name, None)
             arguments: dict[int | str, Any] = {**dict(enumerate(args)), **dict(named.items())}
@@ -160,6 +171,43 @@ def _noting(tower: torch.nn.Module, values: Mapping[str, Any], seen: list[Step])
         yield
     finally:
         namespace.update(functions)
+
+
+class NumbersRead(TorchFunctionMode):
+    """Notes where a grid is turned into numbers, or gone through row by row; entered round a call.
+
+    Attributes:
+        place: the last such place: class, file, line and code.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = ""
+        self._allowed = False
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        """A part of the call that runs outside the graph."""
+        before, self._allowed = self._allowed, True
+        try:
+            yield
+        finally:
+            self._allowed = before
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        watched = func in (torch.Tensor.tolist, torch.Tensor.__iter__) and not self._allowed
+        if watched and args[0].dim() == 2:
+            self.place = _place(sys._getframe(1))
+        return func(*args, **(kwargs or {}))
+
+
+def _place(frame: Any) -> str:
+    folder = os.path.dirname(torch.__file__)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(folder):
+        frame = frame.f_back
+    file, line = frame.f_code.co_filename, frame.f_lineno
+    owner = type(frame.f_locals["self"]).__name__ + ", " if "self" in frame.f_locals else ""
+    return f"{owner}{os.path.basename(file)}:{line}: {linecache.getline(file, line).strip()}"
 
 
 class _Asked(dict[str, Any]):

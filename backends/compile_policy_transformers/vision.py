@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from compile_policy.errors import NotCompilable
 from compile_policy.proof import form_of
 from compile_policy.region import Bound
 from compile_policy.shapes import Labels
@@ -37,6 +38,7 @@ class EncoderBinder:
         self.merge = pictures.merge_of(tower)
         self.prologue: Prologue | None = None
         self.dynamic: dict[str, tuple[bool, ...]] = {}
+        self.refused: dict[Any, tuple[str, str]] = {}
 
     @contextmanager
     def tracing(self, module: torch.nn.Module) -> Iterator[None]:
@@ -51,13 +53,26 @@ class EncoderBinder:
         if not self.grid:
             return Bound(dict(sorted(values.items())), _leading_dim)
         if self.prologue is None:
-            self.prologue, one, other = pictures.probe(module, values)
-            self.dynamic = _differing(one, other)
+            self._look(module, values)
+        assert self.prologue is not None
         values.update(self.prologue.run(values))
         return Bound(dict(sorted(values.items())), self._label, example=lambda: self._example(module, values))
 
     def form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, torch.Tensor | None]:
         return form_of({**dict(zip(self.parameters, args, strict=False)), **kwargs}), None
+
+    def _look(self, module: torch.nn.Module, values: Mapping[str, Any]) -> None:
+        """Learn what the tower computes from grids; what speaks against it is looked for once for a form of call."""
+        form = form_of(values)
+        if form not in self.refused:
+            try:
+                self.prologue, one, other = pictures.probe(module, values)
+                self.dynamic = _differing(one, other)
+                return
+            except NotCompilable as reason:
+                self.refused[form] = (reason.reason, reason.remedy)
+        reason_, remedy = self.refused[form]
+        raise NotCompilable(reason_, remedy=remedy)
 
     def _label(self, path: str, tensor: torch.Tensor) -> Labels:
         dynamic = self.dynamic.get(path, (True,) + (False,) * (tensor.dim() - 1))
