@@ -24,7 +24,7 @@ WHOLE_TOO = ("minicpmv4_6", "minicpmv4_7")
 #: Compiled from their layers on.
 STACKS = ("lighton_ocr", "pix2struct", "lfm2_vl", "gemma4", "diffusion_gemma", "mllama")
 STACKS_TOO = ("kosmos-2.5", "nemotron_h_omni", "video_llama_3", "cosmos3_edge")
-FAST = ("paddleocr_vl", "lighton_ocr", "pix2struct", "lfm2_vl")
+FAST = ("paddleocr_vl", "mistral3", "lighton_ocr", "pix2struct", "lfm2_vl")
 PICTURES: tuple[tuple[tuple[int, int], ...], ...] = (
     ((56, 84),),
     ((56, 84), (56, 56)),
@@ -50,7 +50,8 @@ def _tower_calls(model: PreTrainedModel) -> tuple[nn.Module, list[tuple[tuple[An
 
 def _tensors(out: Any) -> list[torch.Tensor]:
     parts = out if isinstance(out, (tuple, list)) else out.values() if hasattr(out, "values") else [out]
-    return [p for p in parts if isinstance(p, torch.Tensor)]
+    inner = [q for p in parts if isinstance(p, tuple) for q in p]  # hidden states; None where they were not asked for
+    return [p for p in [*parts, *inner] if isinstance(p, torch.Tensor)]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +111,11 @@ def test_asked_for_hidden_states() -> None:
     assert len(got) == len(want) > 1 and all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
     row = next(r for r in cp.report(model).components if r.role == "encoder[image]" and r.decision == "compile")
     assert row.eager_calls == 1 and "outputs of its layers" in str(row.fallback)
+    with torch.no_grad():  # Transformers has left its hooks on the layers
+        got = tower(*args, **kwargs)
+    torch.testing.assert_close(got.last_hidden_state, want[-1], atol=1e-4, rtol=1e-3)
+    row = next(r for r in cp.report(model).components if r.role == "encoder[image]" and r.decision == "compile")
+    assert (row.graphs, row.calls, row.eager_calls) == (1, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +134,25 @@ def test_one_picture_after_another(model_type: str, place: str) -> None:
     assert (row.graphs, row.eager_calls) == (0, len(calls))
     assert f"one by one in Python: {place}, modeling_{model_type}.py:" in str(row.fallback)
     assert ".tolist()" in str(row.fallback)
+
+
+def test_last_hidden_state() -> None:
+    """A tower that asks for the last of its hidden states gets its last one, also where the stack runs eager."""
+    model = tiny_model("mistral3")
+    tower, calls = _tower_calls(model)
+    assert {k["output_hidden_states"] for _, k in calls} == {-1}
+    args, kwargs = calls[1]
+    with torch.no_grad():
+        want = tower(*args, **kwargs)
+        cp.apply(model, cp.CompilationConfig(backend="eager", compile_mm_encoder=True))
+        compiled = [tower(*args, **kwargs) for _ in range(2)]  # the first one is compared with eager on the way
+        with cp.eager(model):
+            plain = tower(*args, **kwargs)
+    for got in (*compiled, plain):
+        assert len(got.hidden_states) == len(want.hidden_states)
+        torch.testing.assert_close(got.hidden_states[-1], want.hidden_states[-1], atol=1e-4, rtol=1e-3)
+        assert not torch.equal(got.hidden_states[-1], torch.zeros_like(got.hidden_states[-1]))
+    assert compat.ties_last_state(tower) and not compat.ties_last_state(tiny_model("lfm2_vl").get_encoder("image"))
 
 
 def test_plan_names_the_stack() -> None:

@@ -66,6 +66,8 @@ def _attach(model: torch.nn.Module, component: Component, config: CompilationCon
     region.options = region_options(config)
     if isinstance(region.binder, DecoderBinder):
         region.binder.belongs_to(model)
+    if isinstance(region.binder, StackBinder):
+        region.binder.belongs_to(model.get_submodule(component.qualname.rpartition(".")[0]))
     return region
 
 

@@ -16,11 +16,11 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import output_capturing as output_capturing_of_transformers
 
 from compile_policy.audit import register_lookup_table
-from compile_policy.walk import trace_hooks_of
 
-trace_hooks_of(output_capturing_of_transformers.__name__)  # they note what the graph returns
 #: Set on a model that has its output-capturing hooks.
 _CAPTURING = "_output_capturing_hooks_installed"
+#: Among what is collected: which hidden states are wanted. Argument of the collecting decorator.
+_SELECTED, _TIED = "_hidden_states_layers", "tie_last_hidden_states"
 
 
 def build_from_config(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -132,3 +132,61 @@ register_lookup_table(
 def collects_outputs() -> bool:
     """Whether a Transformers model around the current call collects what its layers compute."""
     return bool(output_capturing_of_transformers._active_collector.get())
+
+
+class _Settled(list[Any]):
+    """Collected hidden states that no layer adds to."""
+
+    def append(self, item: Any) -> None:
+        pass
+
+
+@contextmanager
+def uncollected(module: nn.Module) -> Iterator[None]:
+    """Have ``module`` traced without collecting: its hooks ask a context variable, which Dynamo cannot follow.
+
+    Only what is traced changes; calls that other threads make meanwhile collect as ever.
+    """
+    forward, own = module.forward, module.__dict__.get("forward")
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            return forward(*args, **kwargs)
+        token = output_capturing_of_transformers._active_collector.set(None)
+        out = forward(*args, **kwargs)
+        output_capturing_of_transformers._active_collector.reset(token)
+        return out
+
+    module.__dict__["forward"] = traced
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if own is not None:
+            module.__dict__["forward"] = own
+
+
+def collects_last_state_only(layers: int) -> bool:
+    """Whether the model around the call collects its last hidden state, after ``layers`` layers, and nothing else."""
+    collected = output_capturing_of_transformers._active_collector.get() or {}
+    return collected.keys() == {"hidden_states", _SELECTED} and collected[_SELECTED] == {layers}
+
+
+def settle_last_state(layers: int, stand_in: torch.Tensor) -> None:
+    """Have the model around the call take its last hidden state from its own result, as it does where the two are tied.
+
+    What the layers compute need not be seen then; ``stand_in`` is put aside for ``last_hidden_state``.
+    """
+    collected = output_capturing_of_transformers._active_collector.get()
+    collected["hidden_states"] = _Settled([*[None] * layers, stand_in])
+
+
+def ties_last_state(model: nn.Module) -> bool:
+    """Whether the last of the model's hidden states is its ``last_hidden_state``; known to the decorator alone."""
+    said = getattr(getattr(model, "config", None), _TIED, None)
+    function: Any = type(model).forward
+    while said is None and function is not None:
+        free = function.__code__.co_freevars
+        said = function.__closure__[free.index(_TIED)].cell_contents if _TIED in free else None
+        function = getattr(function, "__wrapped__", None)
+    return bool(said)

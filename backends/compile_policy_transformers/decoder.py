@@ -77,7 +77,7 @@ class DecoderBinder:
         return Bound(ordered, label, fillers, _EXAMPLE_SIZES, boundary=length > 1, frequent=_FREQUENT_SIZES)
 
     def form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, torch.Tensor | None]:
-        """Kinds of the arguments; whether there is padding, one token, one row, an empty cache."""
+        """Kinds of the arguments; whether there is padding, one token, one row, an empty cache: each has code of its own."""
         values = self._by_name(args, kwargs)
         tokens = values.get("inputs_embeds") if values.get("input_ids") is None else values["input_ids"]
         assert tokens is not None

@@ -88,17 +88,23 @@ class StackBinder:
         inner = {name for m in stack.modules() for name in inspect.signature(m.forward).parameters}
         self.packs = _LENGTHS in inner
         self.takes_longest = "max_seqlen" in inner
+        self.layers = max(len(child) for child in stack.children() if isinstance(child, nn.ModuleList))
+        self.tied = False
+
+    def belongs_to(self, tower: nn.Module) -> None:
+        """Told of the tower around the stack, which may ask for its last hidden state."""
+        self.tied = compat.ties_last_state(tower)
 
     @contextmanager
     def tracing(self, module: nn.Module) -> Iterator[None]:
         # "flash" in a name makes towers with masks look into them; only packed pictures need it
         name = attention.ENCODER if self.packs else attention.DECODER
-        with attention.traced_with(attention.configs_below(module), name):
+        with attention.traced_with(attention.configs_below(module), name), compat.uncollected(module):
             yield
 
     def bind(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         """Raises NotCompilable when the tower collects what its layers compute."""
-        if compat.collects_outputs():
+        if compat.collects_outputs() and not (self.tied and compat.collects_last_state_only(self.layers)):
             raise NotCompilable(
                 "the outputs of its layers are asked for, and they are inside the graph",
                 remedy="Call the tower without output_hidden_states and output_attentions.",
@@ -106,6 +112,8 @@ class StackBinder:
         values = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         values = {name: value for name, value in values.items() if value is not None}
         states = values[next(name for name in _STATES if name in values)]
+        if compat.collects_outputs():
+            compat.settle_last_state(self.layers, states)
         self._complete(values, states)
         packed = _LENGTHS in values
         batch = 1 if packed or states.dim() == 2 else states.shape[0]
