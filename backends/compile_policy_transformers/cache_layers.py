@@ -18,6 +18,7 @@ from transformers.cache_utils import (
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionAndStaticFullAttentionLayer,
@@ -107,6 +108,8 @@ def _lacks(layer: Any, shape: LayerShape | None) -> bool:
 
 def is_empty(cache: Cache) -> bool:
     """Whether no call has used the cache yet."""
+    if isinstance(cache, EncoderDecoderCache):
+        return not any(cache.is_updated.values())
     layers: Any = getattr(cache, "layers", ())
     used = (any(x.has_previous_state.values()) if states.is_linear(x) else x.is_initialized for x in layers)
     return not any(used)
@@ -132,6 +135,11 @@ def unknown(layer: Any) -> NotCompilable:
     return NotCompilable(f"the cache has a {type(layer).__name__}, which the policy cannot pass to a graph yet")
 
 
-def fresh_cache(config: Any) -> DynamicCache:
-    """What a decoder makes for itself when it is called with ``use_cache`` and no cache."""
-    return DynamicCache(config=config)
+def fresh_cache(config: Any, encoded: bool = False) -> Cache:
+    """What a decoder makes for itself when it is called with ``use_cache`` and no cache.
+
+    Args:
+        encoded: it attends to the output of an encoder, too.
+    """
+    cache = DynamicCache(config=config)
+    return EncoderDecoderCache(cache, DynamicCache(config=config)) if encoded else cache

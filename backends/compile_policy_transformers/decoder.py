@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.masking_utils import create_masks_for_generate
 
 from compile_policy.call_key import Call
@@ -24,8 +24,10 @@ from compile_policy.proof import form_of
 from compile_policy.region import Bound
 from compile_policy_transformers import attention, cache_layers, caches, compat
 from compile_policy_transformers.cache_masks import all_sliding, arranged, each_arranged
+from compile_policy_transformers.cache_pairs import PairCall
 from compile_policy_transformers.decoder_labels import DecoderLabels
 from compile_policy_transformers.deepstack import DeepstackFeatures
+from compile_policy_transformers.positions import OwnPositions
 from compile_policy_transformers.repeat import DecodeSteps, Step
 
 #: Visual tokens are some of the example's 2 x 3 positions.
@@ -44,6 +46,7 @@ class DecoderBinder:
         self.mask_config._attn_implementation_internal = attention.DECODER
         self.parameters = inspect.signature(decoder.forward).parameters
         self.shapes: dict[torch.dtype, list[cache_layers.LayerShape]] = {}
+        self.own_positions = OwnPositions(decoder)
         self.steps = DecodeSteps()
         self.features = DeepstackFeatures(decoder)
 
@@ -58,26 +61,38 @@ class DecoderBinder:
 
     def bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         values = self._by_name(args, kwargs)
+        tokens = values.get("input_ids")
         embeds = self._embeds(module, values)
         batch, length = embeds.shape[:2]
         if length == 0:
             raise NotCompilable("a call without tokens")
         cache = self._cache(module, values, embeds)
-        if cache is not None:
+        if isinstance(cache, EncoderDecoderCache):
+            encoded = values.get("encoder_hidden_states")
+            given = None if encoded is None else encoded.shape[1]
+            values["past_key_values"], cache = PairCall(cache, length, given), cache.self_attention_cache
+        elif cache is not None:
             values["past_key_values"] = caches.CacheCall(cache, length)
         text = self._text_positions(values.get("position_ids"))
         if "position_ids" in self.parameters:
-            values["position_ids"] = self.position_ids(values.get("position_ids"), embeds, cache)
+            own = self.own_positions.make(values, tokens, embeds, cache)
+            values["position_ids"] = self.position_ids(
+                values.get("position_ids") if own is None else own, embeds, cache
+            )
         masks = self._masks(values.get("attention_mask"), embeds, cache, text)
         if masks is not None:
             values["attention_mask"] = masks
+        seen = values.get("cross_attention_states")
+        if isinstance(seen, torch.Tensor) and seen.dim() > 2:
+            # one row a picture or a tile: attention views it by the rows of the text
+            values["cross_attention_states"] = seen.reshape(batch, -1, seen.shape[-1])
         fillers = self.features.complete(values, embeds)
         label = DecoderLabels(batch, length, cache)
         ordered = {name: values[name] for name in sorted(values) if values[name] is not None}
         return Bound(ordered, label, fillers, _EXAMPLE_SIZES, boundary=length > 1, frequent=_FREQUENT_SIZES)
 
     def form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, torch.Tensor | None]:
-        """Kinds of the arguments; whether there is padding, one token, one row, an empty cache: each has code of its own."""
+        """Kinds of the arguments; whether there is padding, one token, one row, an empty cache: each has its code."""
         values = self._by_name(args, kwargs)
         tokens = values.get("inputs_embeds") if values.get("input_ids") is None else values["input_ids"]
         assert tokens is not None
@@ -94,7 +109,8 @@ class DecoderBinder:
     def ran(
         self, module: torch.nn.Module, kwargs: dict[str, Any], call: Call, entry: Entry, here: tuple[Any, ...]
     ) -> None:
-        self.steps.remember(kwargs, call, entry, here, self, module)
+        if not isinstance(call.values.get("past_key_values"), PairCall) and not self.own_positions:
+            self.steps.remember(kwargs, call, entry, here, self, module)
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         if not args:
@@ -122,15 +138,17 @@ class DecoderBinder:
             recomputed = module.training and getattr(module, "is_gradient_checkpointing", False)
             use_cache = bool(getattr(self.config, "use_cache", False)) and not recomputed
         if cache is None and use_cache:
-            cache = cache_layers.fresh_cache(self.config)
+            encoded = values.get("encoder_hidden_states") is not None
+            cache = cache_layers.fresh_cache(self.config, encoded or self.config.is_encoder_decoder)
         if cache is None:
             values["use_cache"] = False
             return None
         if not isinstance(cache, Cache):
             raise NotCompilable(f"the cache is a {type(cache).__name__}, which is no Transformers Cache")
         values["use_cache"] = use_cache
-        if cache_layers.needs_initialisation(cache, self.shapes.get(embeds.dtype)):
-            cache_layers.initialise(cache, self._layer_shapes(module, values, embeds), embeds.shape[0], embeds.device)
+        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        if cache_layers.needs_initialisation(own, self.shapes.get(embeds.dtype)):
+            cache_layers.initialise(own, self._layer_shapes(module, values, embeds), embeds.shape[0], embeds.device)
         return cache
 
     def _layer_shapes(
@@ -146,10 +164,11 @@ class DecoderBinder:
         return self.shapes[embeds.dtype]
 
     def _shapes_after(self, module: torch.nn.Module, call: Mapping[str, Any]) -> list[cache_layers.LayerShape]:
-        cache = cache_layers.fresh_cache(self.config)
+        cache = cache_layers.fresh_cache(self.config, call.get("encoder_hidden_states") is not None)
         with torch.no_grad():
             module.forward(**{**call, "past_key_values": cache, "use_cache": True})
-        return cache_layers.layer_shapes(cache)
+        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        return cache_layers.layer_shapes(own)
 
     def position_ids(self, ids: torch.Tensor | None, embeds: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """Position ids of every row and of every kind of position that the decoder has."""
@@ -169,9 +188,10 @@ class DecoderBinder:
         return ids
 
     def _rope_dims(self) -> int:
-        """3 where positions are temporal, height and width (multimodal RoPE), else 0."""
+        """3 where positions are temporal, height and width (multimodal RoPE), or as many as there are; else 0."""
         rope = getattr(self.config, "rope_parameters", None) or getattr(self.config, "rope_scaling", None) or {}
-        return 3 if "mrope_section" in rope else 0
+        sections = rope.get("mrope_section")
+        return 0 if sections is None else 4 if len(sections) == 4 else 3
 
     def _text_positions(self, ids: torch.Tensor | None) -> torch.Tensor | None:
         """The positions by which Transformers recognises packed sequences, as the models themselves hand them on."""

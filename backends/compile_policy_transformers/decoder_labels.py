@@ -8,6 +8,19 @@ from transformers.cache_utils import Cache, StaticLayer
 from compile_policy.shapes import Labels
 from compile_policy_transformers import caches
 from compile_policy_transformers.cache_masks import SLIDING, all_sliding
+from compile_policy_transformers.cache_pairs import ENCODED
+from compile_policy_transformers.deepstack import FEATURES
+
+#: Argument and number of its dims -> their labels.
+_NAMED: dict[tuple[str, int], Labels] = {
+    ("encoder_hidden_states", 3): ("batch", ENCODED, None),
+    ("encoder_attention_mask", 2): ("batch", ENCODED),
+    ("encoder_attention_mask", 4): ("batch", None, "sequence", ENCODED),
+    # mllama: what the picture gave, and which text may see which tile of it
+    ("cross_attention_states", 3): ("batch", ENCODED, None),
+    ("cross_attention_mask", 4): ("batch", None, "sequence", ENCODED),
+    ("full_text_row_masked_out_mask", 4): ("batch", None, "sequence", None),
+}
 
 
 class DecoderLabels:
@@ -28,7 +41,9 @@ class DecoderLabels:
             return ("batch", heads, "sequence", self._keys(path))
         if name == "position_ids":
             return (*(None,) * (tensor.dim() - 2), "batch", "sequence")
-        if name == "deepstack_visual_embeds":
+        if (name, tensor.dim()) in _NAMED and "[" not in path:
+            return _NAMED[name, tensor.dim()]
+        if name in FEATURES:
             return ("visual_tokens", *(None,) * (tensor.dim() - 1))
         return self._by_size(tensor)
 

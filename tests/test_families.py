@@ -1,0 +1,55 @@
+"""Architectures whose decoders differ from the common form: as few graphs as their code allows, never eager, equal."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from compile_policy_transformers.matrix import TOLERANCE, _cell, _prompts
+from compile_policy_transformers.tiny import tiny_model
+
+#: Architecture, kind of cache, most graphs: an encoder-decoder's first call computes what the later ones read; a
+#: single token has code of its own in linear attention and indexers, and so has a padded batch of several.
+FAST = [
+    ("vision-encoder-decoder", "dynamic", 2),
+    ("vision-encoder-decoder", "static", 2),
+    ("hunyuan_vl", "dynamic", 1),
+    ("instructblip", "none", 1),
+]
+SLOW = [
+    *((name, kind, 2) for name in ("florence2",) for kind in ("dynamic", "static")),
+    ("florence2", "none", 1),
+    ("pp_formulanet", "dynamic", 2),
+    ("t5gemma2", "none", 1),
+    ("t5gemma2", "dynamic", 2),
+    ("blip-2", "none", 1),
+    ("mllama", "none", 2),
+    ("granite4_vision", "none", 1),
+    ("granite4_vision", "dynamic", 1),
+    ("instructblipvideo", "none", 1),
+    *(("qwen3_5", kind, 4) for kind in ("dynamic", "static")),
+    *(("dots3_note", kind, 3) for kind in ("dynamic", "static")),
+    *(("lfm3_vl", kind, 4) for kind in ("dynamic", "static")),
+]
+
+
+def _measured(model_type: str, kind: str, most: int) -> None:
+    model = tiny_model(model_type)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        cell = _cell(model, _prompts(model), kind, "decoder")
+    assert cell.calls > 0 and cell.eager_calls == 0, cell
+    assert cell.graphs <= most and cell.error <= TOLERANCE, cell
+
+
+@pytest.mark.parametrize(("model_type", "kind", "most"), FAST)
+def test_few_graphs(model_type: str, kind: str, most: int) -> None:
+    _measured(model_type, kind, most)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model_type", "kind", "most"), SLOW)
+def test_few_graphs_slow(model_type: str, kind: str, most: int) -> None:
+    _measured(model_type, kind, most)
