@@ -57,6 +57,10 @@ def _check_cache_dir(value: Any) -> Any:
     raise ValueError("should be a directory, or false to keep nothing on disk")
 
 
+def _as_bytes(value: Any) -> Any:
+    return sources.bytes_in(value) if isinstance(value, str) else value
+
+
 _ArgDims = Annotated[ArgDims, BeforeValidator(_check_arg_dims)]
 _OptionalPath = Annotated[Path | None, BeforeValidator(_as_path)]
 
@@ -101,6 +105,10 @@ class CompilationConfig(BaseModel):
     cache_key_file: _OptionalPath = None
     """Secret for a cache directory that is shared: what is not signed with it isn't loaded. None: the user's own, for a
     private directory."""
+
+    cache_limit: Annotated[int, BeforeValidator(_as_bytes), Field(ge=0)] = 10 << 30
+    """Bytes that the cache directory may hold, also written ``500MB`` or ``10GiB``; beyond it the least recently used
+    goes. What this process uses stays."""
 
     on_fault: Literal["eager", "error"] = "eager"
     """What a failed compile does: run the component eager, or raise `CompileFault`."""

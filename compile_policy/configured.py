@@ -30,9 +30,11 @@ def store_of(config: CompilationConfig) -> Store | None:
         return None
     found = {name: os.path.expandvars(f"${name}") for name in _PLACES}
     places = tuple((name, value) for name, value in found.items() if value != f"${name}")
-    return _opened(config.cache_dir, config.cache_key_file, places)
+    return _opened(config.cache_dir, config.cache_key_file, config.cache_limit, places)
 
 
 @functools.lru_cache(maxsize=16)
-def _opened(cache_dir: Path | None, key_file: Path | None, places: tuple[tuple[str, str], ...]) -> Store | None:
-    return open_store(cache_dir, dict(places), key_file=key_file)
+def _opened(
+    cache_dir: Path | None, key_file: Path | None, limit: int, places: tuple[tuple[str, str], ...]
+) -> Store | None:
+    return open_store(cache_dir, dict(places), key_file=key_file, limit_bytes=limit)

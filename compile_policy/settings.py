@@ -126,3 +126,19 @@ def _merged(old: dict[Any, Any], new: dict[Any, Any], depth: int) -> dict[Any, A
             value = _merged(below, value, depth - 1)
         result[key] = value
     return result
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+
+
+def bytes_in(text: str) -> int:
+    """Bytes: ``500MB`` counts in thousands, ``500MiB`` in 1024s.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError("should be a size such as 500MB or 2GiB")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))

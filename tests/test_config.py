@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from compile_policy.compat import check_versions
 from compile_policy.config import CompilationConfig
+from compile_policy.configured import store_of
 from compile_policy.errors import ConfigError, EnvironmentNotSupported, PolicyWarning
 from compile_policy.flags import parse_flags
 
@@ -269,3 +270,17 @@ def test_supported_versions() -> None:
         warnings.simplefilter("error")
         for torch, transformers in (("2.11.0", "5.17.0"), ("2.13.0+cpu", "5.23.0"), ("3.0.0a0+git", "6.0.0.dev0")):
             check_versions(torch, transformers)
+
+
+def test_the_limit_of_the_cache_is_bytes_or_a_size(tmp_path: Path) -> None:
+    """``10GiB`` and a number mean the same, reach the store, and what is no size is refused with an example."""
+    assert CompilationConfig().cache_limit == CompilationConfig(cache_limit="10GiB").cache_limit == 10 << 30
+    config = CompilationConfig.from_sources(
+        environ={"COMPILE_POLICY_CACHE_LIMIT": "1.5 kB"}, cache_dir=tmp_path / "cache"
+    )
+    assert config.cache_limit == 1500 and config.origin("cache_limit") == "environment COMPILE_POLICY_CACHE_LIMIT"
+    store = store_of(config)
+    assert store is not None and store.limit_bytes == 1500
+    for bad in ("much", "-1", -1, True, 1.5):
+        with pytest.raises(ConfigError, match="cache_limit"):
+            CompilationConfig(cache_limit=bad)

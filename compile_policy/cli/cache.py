@@ -76,7 +76,7 @@ def doctor(context: typer.Context, as_json: AsJson = False) -> int:
 @app.command("gc")
 def gc(
     context: typer.Context,
-    limit: Annotated[str | None, typer.Option(metavar="SIZE", help="Such as 500MB or 2GiB; 10GiB is usual.")] = None,
+    limit: Annotated[str | None, typer.Option(metavar="SIZE", help="Such as 500MB or 2GiB; else cache_limit.")] = None,
 ) -> int:
     """Remove what is damaged, half written or set aside, and the least recently used artifacts beyond the limit."""
     session: Session = context.obj
@@ -216,7 +216,7 @@ def _store(session: Session) -> Store:
     config = session.config()
     if config.cache_dir is False:
         raise CacheError("the cache is turned off (cache_dir is false).", remedy="Name a directory, or leave it unset.")
-    return find_store(config.cache_dir, os.environ, key_file=config.cache_key_file)
+    return find_store(config.cache_dir, os.environ, key_file=config.cache_key_file, limit_bytes=config.cache_limit)
 
 
 def _key_file(session: Session) -> Path | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,12 +18,12 @@ from compile_policy.artifacts.doctor import Examination
 from compile_policy.artifacts.key import Difference
 from compile_policy.cli.terminal import clean
 from compile_policy.errors import InputError
+from compile_policy.settings import bytes_in
 
 _SHORT = 12  # letters of a digest that people need
 _LONG_TABLE = 90  # columns that the table of artifacts needs
 _VALUE = 160  # letters of a factor's value
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _AGES = ((86_400.0, "d"), (3600.0, "h"), (60.0, "min"))
 
 
@@ -96,12 +95,10 @@ def parse_size(text: str) -> int:
     Raises:
         InputError: it is no size.
     """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise InputError(f"{text!r} is no size.", remedy="Write 500MB or 2GiB.")
-    number, unit, binary = match.groups()
-    power = " kmgt".index(unit.lower() or " ")
-    return int(float(number) * (1024 if binary else 1000) ** power)
+    try:
+        return bytes_in(text)
+    except ValueError:
+        raise InputError(f"{text!r} is no size.", remedy="Write 500MB or 2GiB.") from None
 
 
 def _table(*titles: str) -> Table:
