@@ -6,6 +6,7 @@ the equalities that one symbol for several dims means, and compiled to one Pytho
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ _IGNORABLE_ORIGINS = (
     "in conv)",
 )
 _LEAF = re.compile(r"\bs\[(\d+)\]")
-_FUNCTIONS: dict[str, Any] = {"Max": max, "Min": min, "floor": lambda x: int(x // 1)}
+_FUNCTIONS: dict[str, Any] = {"Max": max, "Min": min, "floor": lambda x: int(x // 1), "math": math}
 
 
 class ShapeConditions:

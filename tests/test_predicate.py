@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -54,6 +55,14 @@ class Pads(nn.Module):
         return x.new_zeros(rows // 2, 2) + min(x.shape[0], y.shape[0])
 
 
+class Blocks(nn.Module):
+    """Pads to whole blocks of four, counted by a true division."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        missing = 4 * math.ceil(x.shape[0] / 4) - x.shape[0]
+        return nn.functional.pad(x, (0, 0, 0, missing)) if missing > 0 else x * 2
+
+
 def region(module: nn.Module, **dims: int) -> Region:
     return Region(module, role="t", binder=SignatureBinder({n: {d: None} for n, d in dims.items()}), options=_EAGER)
 
@@ -101,6 +110,16 @@ def test_max_min_and_floor_division_of_sizes() -> None:
     for a, b in [(4, 6), (6, 4), (5, 5), (2, 9), (9, 2)]:
         x, y = torch.ones(a, 2), torch.ones(b, 2)
         assert torch.equal(ours(x, y), Pads()(x, y)), (a, b)
+
+
+def test_rounding_of_a_true_division_of_sizes() -> None:
+    """Relations with `math.ceil` are evaluated as Python would."""
+    ours = region(Blocks(), x=0)
+    for rows in (5, 9, 8, 12, 6):
+        x = torch.rand(rows, 2)
+        assert torch.equal(ours(x), Blocks()(x)), rows
+    assert ours.eager_calls == 0
+    assert any("math.ceil" in c for found in ours.entries.values() for e in found for c in e.graph.accepts.conditions)
 
 
 def test_static_sizes_are_conditions_too() -> None:
