@@ -31,7 +31,7 @@ from compile_policy.options import RegionOptions as RegionOptions
 from compile_policy.plan import ComponentReport
 from compile_policy.proof import misfit
 from compile_policy.reference import ChangesItself
-from compile_policy.saving import Place, Shelf
+from compile_policy.saving import Place, Shelf, entry_between_ranks
 from compile_policy.sentinel import TOLERANCE as SENTINEL_TOLERANCE
 from compile_policy.shapes import Labels, pattern
 
@@ -238,8 +238,21 @@ class Region:
             if _verdict(call) in self.refused:
                 raise NotCompilable(self.refused[_verdict(call)])
             place = self.shelf.place(call) if self.shelf is not None else None
+            if place is not None and place.shelf.shared() and not self.options.load_only:
+                entry = self._with_ranks(call, place)
+                if entry is not None:
+                    return entry
             with place.locked() if place is not None else nullcontext():
                 return self._load(call, place) or self._make(call, place)
+
+    def _with_ranks(self, call: Call, place: Place) -> Entry | None:
+        """The entry that one of the ranks has or makes; ``None`` where this one has to go on by itself."""
+        found = entry_between_ranks(place, lambda: self._load(call, place), lambda: self._make(call, place))
+        if found.refused and found.raised == CompileFault.__name__:
+            raise CompileFault(f"{self.name}: {found.refused}")
+        if found.refused:
+            raise NotCompilable(found.refused)
+        return found.entry
 
     def _load(self, call: Call, place: Place | None) -> Entry | None:
         """The entry that another process left in the store, if any."""

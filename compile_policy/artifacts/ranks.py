@@ -6,13 +6,14 @@ somebody compiles, so that a slow rank meets the timeout given here (an hour) an
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch.distributed as dist
 
@@ -36,6 +37,28 @@ class RankTimeout(RuntimeError):
     """A rank has not answered in time, or has gone."""
 
 
+class Held(Protocol):
+    """What one rank has of the thing that is decided about, and how it makes it.
+
+    Attributes:
+        artifact: what the others may have; ``None`` while there is nothing.
+        error: why this rank failed.
+    """
+
+    key: ArtifactKey
+    artifact: Artifact | None
+    error: Exception | None
+
+    def load(self) -> None:
+        """Set ``artifact`` where this rank's own store has it."""
+
+    def make(self, *, locked: bool) -> None:
+        """Set ``artifact`` or ``error``; ``locked`` asks for the lock of this rank's store."""
+
+    def keep(self, files: Mapping[str, bytes], meta: Mapping[str, JSON]) -> None:
+        """Take what another rank has sent."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What all ranks have agreed on.
@@ -51,6 +74,11 @@ class Outcome:
     artifact: Artifact | None = None
     reason: str = ""
     error: Exception | None = None
+
+    @property
+    def raised(self) -> str:
+        """Name of the exception's type on the rank that failed; empty when none did."""
+        return self.reason.split(": ")[1] if self.reason.count(": ") else ""
 
 
 class Ranks:
@@ -72,17 +100,21 @@ class Ranks:
         self._timeout = timeout
         self._round = 0
 
-    def gather(self, value: JSON) -> list[Any]:
+    def gather(self, value: JSON, within: float | None = None) -> list[Any]:
         """Everybody's value, by rank.
 
+        Args:
+            within: seconds to wait for all of them, instead of ``timeout`` for each.
+
         Raises:
-            RankTimeout: a rank is missing after ``timeout`` seconds, or the connection to it is lost.
+            RankTimeout: a rank is missing after this time, or the connection to it is lost.
         """
         if self.size == 1:
             return [value]
         prefix, self._round = f"{self._prefix}/{self._round}", self._round + 1
         self._set(f"{prefix}/{self.rank}", json.dumps(value).encode())
-        return [json.loads(self._get(f"{prefix}/{rank}")) for rank in range(self.size)]
+        end = None if within is None else time.monotonic() + within
+        return [json.loads(self._get(f"{prefix}/{rank}", end)) for rank in range(self.size)]
 
     def agree(self, good: bool, reason: str = "") -> str | None:
         """``None`` when all ranks are good, otherwise the reason of the first that isn't."""
@@ -119,13 +151,14 @@ class Ranks:
         except RuntimeError as error:  # torch's errors of a lost connection
             raise RankTimeout(f"the other ranks cannot be reached: {error}") from error
 
-    def _get(self, name: str) -> bytes:
+    def _get(self, name: str, end: float | None = None) -> bytes:
         """Looks again and again, so that Ctrl-C is heard while others compile."""
-        deadline = time.monotonic() + self._timeout
+        started = time.monotonic()
+        deadline = started + self._timeout if end is None else end
         try:
             while not self._store.check([name]):
                 if time.monotonic() > deadline:
-                    raise RankTimeout(f"no answer from another rank within {self._timeout:g} s")
+                    raise RankTimeout(f"no answer from another rank within {max(deadline - started, 0):.3g} s")
                 time.sleep(_LOOK_SECONDS)
             return bytes(self._store.get(name))
         except dist.DistError as error:
@@ -154,18 +187,35 @@ def obtain(
     Raises:
         RankTimeout: another rank did not come, or is gone.
     """
-    local = _Local(store, key, make, lock_timeout)
+    return settle(_Local(store, key, make, lock_timeout), ranks, together=together)
+
+
+def settle(local: Held, ranks: Ranks, *, together: bool = False, patience: float | None = None) -> Outcome:
+    """As `obtain`, for whatever ``local`` knows how to load, make and keep.
+
+    Args:
+        patience: seconds in which all ranks have to come. A rank that gives up is not waited for by those that come
+            later: for them the outcome is ``failed``.
+
+    Raises:
+        RankTimeout: another rank did not come, or is gone.
+    """
     try:
-        return _obtain(local, ranks, together)
+        return _settle(local, ranks, together, patience)
     except (KeyboardInterrupt, SystemExit) as error:
         ranks.abandon(type(error).__name__)
         raise
 
 
-def _obtain(local: _Local, ranks: Ranks, together: bool) -> Outcome:
+def _settle(local: Held, ranks: Ranks, together: bool, patience: float | None) -> Outcome:
     local.load()
     key = local.key
-    states = ranks.gather([key.digest, local.artifact is not None])
+    try:
+        states = ranks.gather([key.digest, local.artifact is not None], patience)
+    except RankTimeout:
+        with contextlib.suppress(RankTimeout):
+            ranks.abandon("RankTimeout: it waited and went on alone")
+        raise
     if all(hit for _, hit in states):
         return _end("hit", local, ranks)
     if together:
@@ -223,7 +273,7 @@ def _source(states: Sequence[Any], digest: str) -> tuple[int, bool]:
     return next(((rank, hit) for rank, hit in ours if hit), ours[0])
 
 
-def _share(local: _Local, ranks: Ranks, source: int) -> None:
+def _share(local: Held, ranks: Ranks, source: int) -> None:
     """Send the bytes to those whose own store hasn't got them."""
     lacking = {asked for asked in ranks.gather(None if local.artifact is not None else source) if asked is not None}
     sent = b""
@@ -240,7 +290,7 @@ def _share(local: _Local, ranks: Ranks, source: int) -> None:
     ranks.forget(ranks.rank, len(sent))
 
 
-def _end(how: Literal["hit", "made"], local: _Local, ranks: Ranks) -> Outcome:
+def _end(how: Literal["hit", "made"], local: Held, ranks: Ranks) -> Outcome:
     """One last round: nobody goes on with an artifact that another rank has not got."""
     reason = ranks.agree(local.error is None and local.artifact is not None, _said(local.error))
     if reason is not None:

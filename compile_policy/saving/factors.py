@@ -19,6 +19,7 @@ from compile_policy.artifacts.key import JSON
 from compile_policy.call_key import Call, metadata_of
 from compile_policy.layers.registry import registry_state
 from compile_policy.saving.machine import inductor, machine, numerics, versions
+from compile_policy.saving.replicas import rank_factor
 from compile_policy.saving.sources import text_digest
 from compile_policy.saving.stable import Stable, digest
 from compile_policy.saving.structure import OWN, first_places, structure
@@ -56,7 +57,7 @@ def entry_factors(module: torch.nn.Module, call: Call, options: Mapping[str, Any
         "numerics": numerics(),
         "inductor": inductor(),
         "layers": digest(stable(registry_state())),
-        "rank": _rank(),
+        "rank": rank_factor(module),
     }
 
 
@@ -112,13 +113,6 @@ def _types(spec: Any) -> Iterable[type]:
     elif isinstance(spec, tuple):
         for part in spec:
             yield from _types(part)
-
-
-def _rank() -> str:
-    group = torch.distributed
-    if not (group.is_available() and group.is_initialized()):
-        return "0 of 1"
-    return f"{group.get_rank()} of {group.get_world_size()}"
 
 
 def _text(form: Any) -> str:

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from compile_policy.artifacts import JSON, ArtifactKey, Miss, Store
+from compile_policy.artifacts import JSON, Artifact, ArtifactKey, Miss, Store
 from compile_policy.call_key import Call
 from compile_policy.entry import Entry
 from compile_policy.events import emit
 from compile_policy.saving.factors import entry_factors, label_factors, variants
 from compile_policy.saving.form import Unsaveable, from_files, to_files
+from compile_policy.saving.replicas import OF_RANKS, is_replica
 from compile_policy.saving.sources import SourceChanged, TracedCode, state_of, watched_at, watched_places
 from compile_policy.saving.stable import Stable, Unstable, digest, ignored_names
 from compile_policy.shapes import Labels
@@ -84,6 +85,11 @@ class Shelf:
         self.name = name
         self._keys: dict[int, tuple[Factors, str]] = {}  # by id of the entry, which lives as long as its region
         self._said: set[str] = set()
+        self.alone = False  # the other ranks did not come once
+
+    def shared(self) -> bool:
+        """Whether other ranks have the same component, and may be asked."""
+        return not self.alone and is_replica(self.module)
 
     def place(self, call: Call) -> Place | None:
         """Where entries for ``call`` are; ``None`` when they cannot be told from others."""
@@ -123,6 +129,28 @@ class Shelf:
         found = self.store.load(_index_key(factors))
         return None if isinstance(found, Miss) else Index.decode(found.files[_INDEX])
 
+    def artifacts_of(self, entry: Entry) -> list[tuple[ArtifactKey, Artifact]]:
+        """What another store needs to have this entry; nothing when it isn't stored."""
+        factors, digest = self._keys.get(id(entry), ({}, ""))
+        index = self.index(factors) if digest else None
+        if index is None:
+            return []
+        keys = [_index_key(factors), index.key(factors)]
+        found = [(key, self.store.load(key)) for key in keys]
+        return [(k, a) for k, a in found if isinstance(a, Artifact)] if keys[1].digest == digest else []
+
+    def take(self, factors: Factors, files: Mapping[str, bytes], meta: Mapping[str, JSON]) -> None:
+        """Store what another rank has; an index adds to ours."""
+        if meta["kind"] != "index":
+            self.store.save(ArtifactKey(factors), files, meta)
+            return
+        index, theirs = self.index(factors) or Index(), Index.decode(files[_INDEX])
+        index.modules |= theirs.modules
+        index.places |= theirs.places
+        for key, forms in theirs.proved.items():
+            index.proved.setdefault(key, set()).update(forms)
+        self.write_index(factors, index)
+
     def write_index(self, factors: Factors, index: Index) -> bool:
         """Replace an index. Two processes that do so at once cost each other a line, which is found again."""
         key = _index_key(factors)
@@ -138,11 +166,13 @@ class Place:
         self.shelf = shelf
         self.call = call
         self.variants = found
+        self.lock_key = ArtifactKey({**found[0][1], "kind": "lock"})
+        self._missed = False
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """One process at a time looks and, on a miss, compiles; the others find its artifact then."""
-        with self.shelf.store.lock(ArtifactKey({**self.variants[0][1], "kind": "lock"})):
+        with self.shelf.store.lock(self.lock_key):
             yield
 
     def load(self) -> Entry | None:
@@ -173,7 +203,9 @@ class Place:
             seconds = time.perf_counter() - started
             emit("loaded", self.shelf.name, f"loaded in {seconds:.1f} s", seconds=seconds, key=key.digest)
             return entry
-        emit("miss", self.shelf.name, f"not in the store: {reasons[0]}", reason=reasons[0])
+        if not self._missed:
+            emit("miss", self.shelf.name, f"not in the store: {reasons[0]}", reason=reasons[0])
+        self._missed = True
         return None
 
     def _nearest(self, key: ArtifactKey) -> str:
@@ -191,7 +223,7 @@ class Place:
         assert factors is not None, "an entry is traced under one of the labels of its place"
         try:
             files = to_files(entry, shelf.module)
-            code = _code(entry)
+            code = _code(entry, replica=is_replica(shelf.module))
         except (Unsaveable, SourceChanged, ValueError) as reason:
             shelf.leave(str(reason))
             return
@@ -209,10 +241,10 @@ def _index_key(factors: Factors) -> ArtifactKey:
     return ArtifactKey({**factors, "kind": "index"})
 
 
-def _code(entry: Entry) -> TracedCode:
+def _code(entry: Entry, *, replica: bool = False) -> TracedCode:
     """What of the model's code the entry was made from."""
     traced = TracedCode(entry.graph.traced)
-    read = sorted(traced.names() & (ignored_names() | _OUTSIDE))
+    read = sorted(traced.names() & (ignored_names() | _OUTSIDE | (OF_RANKS if replica else frozenset())))
     if read:
         raise Unsaveable(f"its code names {read[0]}, which is no part of what an artifact is found by")
     return traced
