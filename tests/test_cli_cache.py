@@ -149,7 +149,7 @@ def test_why_miss(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[st
         path.write_text(text)
         assert str(path) in fails(capsys, "why-miss", str(path))
     assert "cannot be read: No such file" in fails(capsys, "why-miss", str(tmp_path / "absent.json"))
-    assert "no artifact begins with 'tiny:llama'" in fails(capsys, "why-miss", "tiny:llama")
+    assert "no artifact begins with 'fffffff'" in fails(capsys, "why-miss", "fffffff")
 
 
 def test_why_miss_of_a_stored_artifact(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
