@@ -119,6 +119,10 @@ class CompilationConfig(BaseModel):
     on_budget: Literal["eager", "error", "warn"] = "warn"
     """What happens beyond the budget: new calls run eager, raise `BudgetExceeded`, or compile with a warning."""
 
+    check_structure: Literal["sequence", "call"] = "sequence"
+    """When a component's structure is looked at as a whole: where a sequence starts, or at every call. The second sees
+    attributes that change between two tokens too, and costs a tenth of a millisecond to one for each token."""
+
     verify_calls: float = Field(default=0.0, ge=0)
     """The sentinel: a number of calls (1 or more), or a rate (below 1), that are compared with eager while in use."""
 

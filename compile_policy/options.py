@@ -32,6 +32,7 @@ class RegionOptions:
     autotune: bool = False
     dump: Dump | None = None
     sentinel: Sentinel | None = None
+    check_every_call: bool = False
     store: Store | None = None
     load_only: bool = False
 
@@ -47,6 +48,7 @@ class RegionOptions:
             autotune=config.mode == 3,
             dump=dump,
             sentinel=Sentinel(config.verify_calls) if config.verify_calls else None,
+            check_every_call=config.check_structure == "call",
             store=store,
         )
 

@@ -93,7 +93,7 @@ class Reference:
 
     def _settled(self) -> tuple[dict[str, Any], Any]:
         """Run, once more if the first run changed the component (a lazily built table), until it changes no more."""
-        for _ in range(2):
+        for _ in range(3):  # another thread may be at it too
             before = fingerprint(self.module)
             self.used = copies(self.example)
             self._versions = [_version(t) for t in self.used]

@@ -34,6 +34,7 @@ from compile_policy.reference import ChangesItself
 from compile_policy.saving import Place, Shelf, entry_between_ranks
 from compile_policy.sentinel import TOLERANCE as SENTINEL_TOLERANCE
 from compile_policy.shapes import Labels, pattern
+from compile_policy.walk import hooked_below
 
 # Dynamo is not safe to enter from two threads; one capture at a time in the whole process.
 _compile_lock = threading.RLock()
@@ -86,6 +87,7 @@ class Region:
         self.lock = _compile_lock
         self.forced_eager = 0
         self._building = _Building()
+        self._captures = 0  # odd while one is going on
         self._allowed: tuple[Any, ...] | None = None  # what was ambient when no obstacle was found last
         self.graphs = self.calls = self.eager_calls = self.loaded = 0
         self._shelf: Shelf | None = None
@@ -122,7 +124,7 @@ class Region:
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], ambient: tuple[Any, ...] | None = None) -> Any:
         ambient = ambient or compat.ambient(self.module)
         sampled = self.options.sentinel is not None and self.options.sentinel.due()
-        if self.steps is not None and not args and not sampled:
+        if self.steps is not None and not (args or sampled or self.options.check_every_call):
             step = self.steps.step(kwargs, (ambient, self.fingerprint.number))
             if step is not None:
                 return step.run()
@@ -200,10 +202,23 @@ class Region:
             raise
         except Exception as error:  # eager says it better where the call is at fault, and runs where the binder is
             raise PassingObstacle(f"the call could not be made canonical: {first_line(error)}") from error
-        structure = self.fingerprint.current(look_again=bound.boundary)
+        structure = self._structure(look_again=bound.boundary or self.options.check_every_call)
         grad, inference, autocast, *ambient = compat.modes()
         extra = ((grad[1], inference[1], self.module.training, autocast[1]), structure, tuple(ambient))
         return make_call(bound.values, bound.label, extra, bound.fillers, bound.sizes, bound.example, bound.frequent)
+
+    def _structure(self, *, look_again: bool) -> int:
+        """The structure's number, looked at while no other thread captures: that changes the module for a moment."""
+        if self._building.now:
+            return self.fingerprint.current(look_again=look_again)
+        while True:
+            captures = self._captures
+            if captures % 2 == 0:
+                structure = self.fingerprint.current(look_again=look_again)
+                if captures == self._captures:
+                    return structure
+            with self.lock:  # until the capture is over
+                look_again = True
 
     def _find(self, call: Call) -> Entry | None:
         for entry in self.entries.get(call.key, ()):
@@ -237,6 +252,9 @@ class Region:
                 return entry
             if _verdict(call) in self.refused:
                 raise NotCompilable(self.refused[_verdict(call)])
+            hooked = hooked_below(self.module)
+            if hooked:  # it may note something, of which a graph would do nothing and a trial run too much
+                raise NotCompilable(f"{hooked} has a hook", remedy="Remove the hook to have the component compiled.")
             place = self.shelf.place(call) if self.shelf is not None else None
             if place is not None and place.shelf.shared() and not self.options.load_only:
                 entry = self._with_ranks(call, place)
@@ -311,6 +329,7 @@ class Region:
     def _build(self, call: Call, example: list[torch.Tensor], labels: Sequence[Labels]) -> Entry:
         started = time.perf_counter()
         self._building.now = True
+        self._captures += 1
         try:
             with self.options.recording(), self.binder.tracing(self.module):
                 entry = build_entry(self.module, call, example, labels, self.options.lowering(), self._count_capture)
@@ -325,6 +344,7 @@ class Region:
                 raise
             self._fault(error)
         finally:
+            self._captures += 1
             self._building.now = False
             self.compile_seconds += time.perf_counter() - started
         entry.seconds = time.perf_counter() - started

@@ -149,6 +149,23 @@ def hooks_below(module: torch.nn.Module) -> list[dict[int, Any]]:
     return [found for m in module.modules() for kind in _HOOKS if (found := m.__dict__[kind])]
 
 
+_traced_hooks: set[str] = set()  # names of Python modules
+
+
+def trace_hooks_of(python_module: str) -> None:
+    """Declare that hooks defined in a Python module do nothing that a graph would leave out."""
+    _traced_hooks.add(python_module)
+
+
+def hooked_below(module: torch.nn.Module) -> str:
+    """Path of the first sub-module with a hook of somebody's own; empty when there is none."""
+    for name, m in module.named_modules():
+        hooks = [h for kind in _HOOKS for h in m.__dict__[kind].values()] if m is not module else ()
+        if any(getattr(h, "__module__", type(h).__module__) not in _traced_hooks for h in hooks):
+            return str(name)
+    return ""
+
+
 def reads_attribute(name: str) -> bool:
     """Whether an entry of a module's own dictionary is among what the walk reads."""
     return name not in _OWN or name in ("training", "_parameters", "_buffers", "_modules", *_HOOKS, *_HOOK_FLAGS)

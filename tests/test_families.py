@@ -26,6 +26,7 @@ SLOW = [
     ("t5gemma2", "dynamic", 2),
     ("blip-2", "none", 1),
     ("mllama", "none", 2),
+    ("inkling_mm_model", "dynamic", 4),
     ("granite4_vision", "none", 1),
     ("granite4_vision", "dynamic", 1),
     ("instructblipvideo", "none", 1),

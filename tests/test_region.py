@@ -9,7 +9,7 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -600,3 +600,55 @@ def test_inductor_is_right_for_every_size() -> None:
             x = torch.rand(n, 4)
             torch.testing.assert_close(ours.module(x, torch.ones(n)), ours.module.forward(x, torch.ones(n)))
     assert (ours.graphs, ours.eager_calls, ours.fallback) == (1, 0, None)
+
+
+# -- when the structure is looked at ----------------------------------------------------------------------------------
+
+
+class Counting(SignatureBinder):
+    """A binder for which no call starts a sequence."""
+
+    def bind(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return replace(super().bind(module, args, kwargs), boundary=False)
+
+
+class Factor(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 2.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+
+@pytest.mark.parametrize("every_call", [True, False])
+def test_an_attribute_in_mid_sequence(every_call: bool) -> None:
+    """It counts at once where every call looks at the structure, else from the next sequence on."""
+    module = Factor()
+    options = RegionOptions(backend="eager", check_every_call=every_call)
+    ours = Region(module, role="component", binder=Counting.inferred(Factor), options=options)
+    x = torch.rand(3)
+    assert torch.equal(ours(x), x * 2)
+    module.scale = 5.0
+    assert torch.equal(ours(x), x * (5 if every_call else 2))
+
+
+class Wrapping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) * 2
+
+
+def test_a_hook_that_notes_something_notes_it_once_a_call() -> None:
+    """A graph would not call it, and a trial run would call it too often: the component runs eager."""
+    module, noted = Wrapping(), []
+    module.inner.register_forward_hook(lambda m, a, result: noted.append(result))
+    options = RegionOptions(backend="eager")
+    ours = Region(module, role="component", binder=SignatureBinder.inferred(Wrapping), options=options)
+    for _ in range(3):
+        ours(torch.rand(2, 4))
+    assert len(noted) == 3
+    assert (ours.graphs, ours.eager_calls, ours.fallback) == (0, 3, "inner has a hook")

@@ -62,6 +62,8 @@ def dense_attention(
     if attention_mask is None and causal:
         raise RuntimeError(f"{type(module).__name__} is causal and was called without a mask")
     groups = query.shape[1] // key.shape[1]
+    if getattr(module, "num_key_value_groups", groups) != groups:
+        raise ValueError(f"{query.shape[1]} heads of queries do not fit {key.shape[1]} of keys and values")
     explicit = softcap is not None or s_aux is not None
     # The CPU kernel reads grouped heads in place, under a mask too; elsewhere a mask would mean the slow fallback.
     in_place = groups > 1 and query.device.type == "cpu" and not explicit

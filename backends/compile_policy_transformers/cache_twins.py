@@ -40,6 +40,7 @@ class TracedSliding(DynamicLayer):
     values: torch.Tensor
     in_place: bool
     select: torch.Tensor
+    seen: torch.Tensor | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -54,8 +55,18 @@ class TracedSliding(DynamicLayer):
             self.keys, self.values = keys, values
         return full_keys, full_values
 
-    def get_seq_length(self) -> int:
-        raise NotCompilable("the decoder asks a sliding layer for its length inside the graph")
+    def get_seq_length(self) -> Any:
+        """Number of tokens seen, as static layers give it: a tensor without dims."""
+        if self.seen is None:
+            raise NotCompilable("the decoder asks a sliding layer for its length inside the graph")
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> Any:
+        """Length of the keys that `update` returns, and the position of the first."""
+        if self.seen is None:
+            raise NotCompilable("the decoder asks a sliding layer for its mask's sizes inside the graph")
+        held = self.keys.shape[2]
+        return held + query_length, self.seen - held
 
 
 def states_to_keep(window: int, held: int, new: int, device: torch.device) -> torch.Tensor:
@@ -122,6 +133,8 @@ def rebuild_layer(spec: tuple[Any, ...], leaves: Iterator[torch.Tensor]) -> Any:
         layer.dtype = layer.device = None
         if inner[0] != "none":
             _fill(layer, inner[0], leaves)
+        if inner[0] == "sliding":
+            layer.seen = next(leaves)
         rebuild_states(layer, spec[2], leaves)
         return layer
     if kind == "indexed":

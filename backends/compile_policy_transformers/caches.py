@@ -85,6 +85,9 @@ class _CacheAdapter:
                 raise NotCompilable("the cache records past states for assisted decoding")
             self._add(layer, out, path, SLIDING_PAST)
             place = ("sliding", layer.sliding_window, layer.keys.shape[2])
+            if states.is_linear(layer):  # such decoders make positions from the number of tokens seen
+                seen = torch.tensor(layer.cumulative_length, device=layer.keys.device)
+                out.add(seen, f"{path}.seen", (), filler=_zero)
             return ("sliding", selects.setdefault(place, len(selects)))
         elif kind == "static_sliding":
             self._add(layer, out, path, SLIDING_SLOTS, mutable=True)

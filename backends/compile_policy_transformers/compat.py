@@ -16,7 +16,9 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import output_capturing as output_capturing_of_transformers
 
 from compile_policy.audit import register_lookup_table
+from compile_policy.walk import trace_hooks_of
 
+trace_hooks_of(output_capturing_of_transformers.__name__)  # they note what the graph returns
 #: Set on a model that has its output-capturing hooks.
 _CAPTURING = "_output_capturing_hooks_installed"
 #: Among what is collected: which hidden states are wanted. Argument of the collecting decorator.

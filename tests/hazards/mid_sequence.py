@@ -1,4 +1,4 @@
-"""Changes of the model between two tokens of one sequence, where the structure is not looked at as a whole."""
+"""Changes of the model between two tokens of one sequence: ours with ``check_structure="call"``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import torch
 
 from . import adapters, attributes, hooks, parameters, patches
 from .case import Case, Hazard, chunk, held
+from .ways import OURS, ours_at_every_call
 
 
 def _next_token(case: Case) -> Any:
     """The first call runs a chunk and a token, every later one a token more of the same sequence."""
     if "cache" not in case.kept:
+        if case.way is OURS:
+            ours_at_every_call(case.base)
         case.kept["cache"] = copy.deepcopy(case.inputs["past_key_values"])
         with torch.no_grad():
             case.model(**{**case.inputs, "past_key_values": case.kept["cache"]})

@@ -53,6 +53,12 @@ KINDS = {
     "Generation": generation,
     "Between two tokens": mid_sequence,
 }
+NOTES = {
+    "Between two tokens": """\
+Ours with `check_structure="call"`. By default the structure is looked at as a whole where a sequence starts: of these
+changes a decode step then sees those of hooks, parameters, sub-modules and modes, and the others count from the next
+sequence on.""",
+}
 HAZARDS: list[Hazard] = [h for module in KINDS.values() for h in module.HAZARDS]
 COLUMNS: tuple[Way, ...] = (STOCK, DROPPED, OURS)
 Runs = dict[tuple[str, str], dict[str, Run]]  # by architecture and way, then by hazard
@@ -108,7 +114,14 @@ def lines(runs: Runs) -> list[str]:
     """The generated part of the page."""
     out = [*_summary(runs), ""]
     for kind, module in KINDS.items():
-        out += [f"### {kind}", "", "| hazard | " + " | ".join(way.title for way in COLUMNS) + " |", "|---|---|---|---|"]
+        notes = [NOTES[kind], ""] if kind in NOTES else []
+        out += [
+            f"### {kind}",
+            "",
+            *notes,
+            "| hazard | " + " | ".join(way.title for way in COLUMNS) + " |",
+            "|---|---|---|---|",
+        ]
         out += [_row(hazard, runs) for hazard in module.HAZARDS]
         out.append("")
     return out

@@ -16,7 +16,12 @@ def _eager(model: Any) -> None:
 
 
 def _ours(model: Any) -> None:
-    cp.apply(model, cp.CompilationConfig(backend="eager", max_entries=64))
+    cp.apply(model, cp.CompilationConfig(backend="eager", max_entries=64, cache_dir=False))
+
+
+def ours_at_every_call(model: Any) -> None:
+    """Ours, with the structure looked at in the middle of a sequence too."""
+    cp.apply(model, cp.CompilationConfig(backend="eager", max_entries=64, cache_dir=False, check_structure="call"))
 
 
 def _stock(model: Any) -> None:
