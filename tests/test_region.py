@@ -628,7 +628,8 @@ def test_an_attribute_in_mid_sequence(every_call: bool) -> None:
     options = RegionOptions(backend="eager", check_every_call=every_call)
     ours = Region(module, role="component", binder=Counting.inferred(Factor), options=options)
     x = torch.rand(3)
-    assert torch.equal(ours(x), x * 2)
+    for _ in range(2):  # the capture may have registered something, which the next call looks at
+        assert torch.equal(ours(x), x * 2)
     module.scale = 5.0
     assert torch.equal(ours(x), x * (5 if every_call else 2))
 
