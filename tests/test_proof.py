@@ -18,9 +18,8 @@ from compile_policy_transformers.components import qualname
 
 
 @pytest.fixture(scope="module")
-def opt() -> PreTrainedModel:
-    """A decoder that derives positions from the padding mask where no positions are given."""
-    return tiny_model("opt")
+def llama() -> PreTrainedModel:
+    return tiny_model("llama")
 
 
 def padded(model: PreTrainedModel) -> dict[str, Any]:
@@ -33,36 +32,45 @@ def applied(model: PreTrainedModel) -> Any:
     return region
 
 
+def misread(region: Any) -> None:
+    """A binder that makes something else of a call with padding: it leaves the mask out."""
+    bind = region.binder.bind
+    region.binder.bind = lambda module, args, kwargs: bind(module, args, {**kwargs, "attention_mask": None})
+
+
 @torch.no_grad()
-def test_a_form_that_the_binder_misreads_runs_eager(opt: PreTrainedModel) -> None:
-    """Positions that follow from the mask are not the binder's: equal to eager, with the reason."""
-    inputs = padded(opt)
-    want = opt(**inputs, use_cache=False).logits
-    region = applied(opt)
-    got = opt(**inputs, use_cache=False).logits
-    assert torch.equal(got, want)
+def test_a_form_that_the_binder_misreads_runs_eager(llama: PreTrainedModel) -> None:
+    """Equal to eager all the same, with the reason."""
+    inputs = padded(llama)
+    want = llama(**inputs, use_cache=False).logits
+    region = applied(llama)
+    misread(region)
+    assert torch.equal(llama(**inputs, use_cache=False).logits, want)
     assert region.eager_calls == 1
     assert "does not fit calls of this form" in str(region.fallback)
 
 
 @torch.no_grad()
-def test_without_the_proof_it_would_be_wrong(opt: PreTrainedModel) -> None:
+def test_without_the_proof_it_would_be_wrong(llama: PreTrainedModel) -> None:
     """The control: unproved, the padded row comes out wrong."""
-    inputs = padded(opt)
-    want = opt(**inputs, use_cache=False).logits
-    region = applied(opt)
+    inputs = padded(llama)
+    want = llama(**inputs, use_cache=False).logits
+    region = applied(llama)
+    misread(region)
     region.forms = None
-    assert (opt(**inputs, use_cache=False).logits - want).abs().max() > 0.1
+    assert (llama(**inputs, use_cache=False).logits - want)[1, -1].abs().max() > 0.1
 
 
 @torch.no_grad()
-def test_another_form_of_the_same_entry_stays_compiled(opt: PreTrainedModel) -> None:
-    """Without padding, or with positions given, the same graph serves."""
-    inputs = padded(opt)
-    want = opt.generate(**inputs, max_new_tokens=4)
-    region = applied(opt)
-    assert torch.equal(opt.generate(**inputs, max_new_tokens=4), want)
-    assert (region.graphs, region.eager_calls) == (1, 0)
+def test_another_form_of_the_same_entry_stays_compiled(llama: PreTrainedModel) -> None:
+    """Without padding, the same graph serves."""
+    inputs = tiny_inputs(llama, text_len=9)
+    want = llama(**inputs, use_cache=False).logits
+    region = applied(llama)
+    misread(region)
+    llama(**padded(llama), use_cache=False)
+    assert torch.allclose(llama(**inputs, use_cache=False).logits, want, atol=1e-5)
+    assert (region.graphs, region.eager_calls) == (1, 1)
 
 
 @torch.no_grad()
@@ -183,3 +191,14 @@ def test_a_training_step_returns_what_eager_returns() -> None:
         mine = [p.grad for p in model.parameters() if p.grad is not None]
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(mine, gradients, strict=True))
         assert (region.graphs, region.eager_calls) == (1, 0)
+
+
+@torch.no_grad()
+def test_positions_that_follow_from_the_mask() -> None:
+    """A decoder of OPT's kind counts positions along the padding mask: compiled, and equal."""
+    model = tiny_model("opt")
+    inputs = padded(model)
+    want = model(**inputs, use_cache=False).logits
+    region = applied(model)
+    assert torch.allclose(model(**inputs, use_cache=False).logits, want, atol=1e-5)
+    assert (region.graphs, region.eager_calls) == (1, 0)

@@ -19,6 +19,7 @@ from compile_policy.audit import register_lookup_table
 from compile_policy.walk import trace_hooks_of
 
 trace_hooks_of(output_capturing_of_transformers.__name__)  # they note what the graph returns
+trace_hooks_of("transformers.modeling_utils")  # makes embeddings require gradients, outside the graph
 #: Set on a model that has its output-capturing hooks.
 _CAPTURING = "_output_capturing_hooks_installed"
 #: Among what is collected: which hidden states are wanted. Argument of the collecting decorator.
