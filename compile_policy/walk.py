@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import weakref
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
@@ -183,6 +184,8 @@ def is_read(name: str) -> bool:
 
 def _class_value(value: Any) -> Hashable:
     """Whole numbers without their value: classes count in them. One that a graph reads is watched."""
+    if type(value) is types.FunctionType:  # the function may stay while its code is exchanged
+        return (_Same(value), _Same(value.__code__))
     return int if type(value) is int else _shallow(value)
 
 

@@ -1,7 +1,8 @@
 """Two looks at a structure, or at a call, that differ: what differs, and its two values, in words.
 
 Works on the stand-ins that the walk of a fingerprint makes (``walk.py``): ``(class, value)`` for plain values, floats
-by their text; ``(class, items)`` for containers; an identity; an identity, a class and attributes for objects.
+by their text; ``(class, items)`` for containers; an identity; an identity, a class and attributes for objects; the
+identities of a function and of its code.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ def described(stand: Any) -> str:
     of: Callable[[], Any] | None = getattr(stand, "_of", None)
     if of is not None:
         return _object(of())
-    if isinstance(stand, tuple) and len(stand) == 3 and getattr(stand[0], "_of", None) is not None:
-        return f"a {stand[1].__name__}"
+    if isinstance(stand, tuple) and stand and getattr(stand[0], "_of", None) is not None:
+        return f"a {stand[1].__name__}" if len(stand) == 3 else described(stand[0])  # an object, or a function
     if isinstance(stand, tuple) and len(stand) == 2 and isinstance(stand[0], type):
         kind, value = stand
         if issubclass(kind, (float, complex)):

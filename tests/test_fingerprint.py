@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,6 +61,10 @@ def _class_helper(m: Model) -> None:
     type(m.block).helper = lambda self, x: x - 1  # type: ignore[method-assign, assignment]
 
 
+def _exchange_code(m: Model) -> None:
+    type(m.block).helper.__code__ = (lambda self, x: x - 1).__code__
+
+
 def _replace_parameter(m: Model) -> None:
     m.block.linear.weight = nn.Parameter(torch.full((4, 4), 0.25))
 
@@ -84,6 +88,7 @@ CHANGES: dict[str, tuple[Callable[[Model], Any], str]] = {
     "dict": (lambda m: m.block.table.__setitem__("a", 7.0), "attribute \"table['a']\" of block is 7.0, was 3.0"),
     "forward of an instance": (lambda m: setattr(m.block, "forward", lambda x: x * 0), "attribute 'forward' of block"),
     "method of the class": (_class_helper, "class attribute 'helper' of block"),
+    "code of a method": (_exchange_code, "class attribute 'helper' of block is another"),
     "class attribute": (lambda m: setattr(type(m.block), "power", 2.0), "class attribute 'power' of block"),
     "parameter": (_replace_parameter, "parameter or buffer 'weight' of block.linear is another tensor"),
     "buffer": (_tie_other_buffer, "parameter or buffer 'offset' of block is another tensor"),
@@ -102,7 +107,7 @@ SAME_NUMBERS = {"sub-module added", "training", "requires_grad", "dtype"}
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Model:
     monkeypatch.setattr(Block, "power", Block.power)
-    monkeypatch.setattr(Block, "helper", Block.helper)
+    monkeypatch.setattr(Block, "helper", FunctionType(Block.helper.__code__, globals(), "helper"))
     return Model().eval()
 
 

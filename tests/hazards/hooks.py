@@ -119,7 +119,6 @@ HAZARDS = [
         lambda c: c.kept["handle"].remove(),
         _hooked,
         forward,
-        ("hook", "_bend"),
     ),
     Hazard("hook that records", "A forward hook notes what it sees.", _record, chunk, _recording, ("hook",)),
     Hazard(
