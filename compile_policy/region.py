@@ -6,11 +6,9 @@ A `Region` stands in front of one module instance. It never changes the module: 
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar, NoReturn
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,41 +19,22 @@ from compile_policy.binder import FormBinder
 from compile_policy.binder import SignatureBinder as SignatureBinder
 from compile_policy.binder import StepBinder as StepBinder
 from compile_policy.call_key import Call, make_call
-from compile_policy.entry import TOLERANCE, Entry, ExampleUnfit, build_entry
-from compile_policy.errors import BudgetExceeded, CompileFault, NotCompilable, first_line
+from compile_policy.entries import Entries, PassingObstacle
+from compile_policy.entry import TOLERANCE, Entry
+from compile_policy.errors import NotCompilable, first_line
 from compile_policy.events import emit
-from compile_policy.example import examples
 from compile_policy.failure import Failure, failure_of
-from compile_policy.fingerprint import Fingerprint
 from compile_policy.options import RegionOptions as RegionOptions
 from compile_policy.plan import ComponentReport
 from compile_policy.proof import misfit
 from compile_policy.reference import ChangesItself
-from compile_policy.saving import Place, Shelf, entry_between_ranks
 from compile_policy.sentinel import TOLERANCE as SENTINEL_TOLERANCE
-from compile_policy.shapes import Labels, pattern
-from compile_policy.walk import hooked_below
 
-# Dynamo is not safe to enter from two threads; one capture at a time in the whole process.
-_compile_lock = threading.RLock()
-compat.renew_after_fork(_compile_lock)
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-_REMEDIES = {"InvalidCxxCompiler": "Install a C++ compiler such as g++, or name one in CXX."}
-Verdict = tuple[tuple[Any, ...], tuple[Any, ...]]
 
 
-class PassingObstacle(NotCompilable):
-    """Stands in the way of this call only: nothing is concluded for the next."""
-
-
-class _Building(threading.local):
-    """Whether the calling thread is building or proving an entry."""
-
-    now = False
-
-
-class Region:
-    """One compiled component instance: its entries, its lock and its counters."""
+class Region(Entries):
+    """One compiled component instance: the way of its calls to its entries, or to eager."""
 
     #: What a call does instead while a profiler of torch is on; given by `compile_policy.trace`.
     when_profiled: ClassVar[Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] | None] = None
@@ -70,39 +49,25 @@ class Region:
         options: RegionOptions | None = None,
         reason: str = "",
     ) -> None:
-        self.module = module
+        super().__init__(module, f"{role} {qualname}".strip(), binder, options or RegionOptions())
         self.role = role
         self.qualname = qualname
-        self.binder = binder
-        self.options = options or RegionOptions()
         self.reason = reason
-        self.entries: dict[tuple[Any, ...], list[Entry]] = {}
-        self.refused: dict[Verdict, str] = {}
         self.condemned = ""  # by the sentinel
         self.changes_itself: dict[bool, str] = {}  # by training flag
-        self.fingerprint = Fingerprint(module)
         self.steps = binder if isinstance(binder, StepBinder) else None
         self.forms = binder if isinstance(binder, FormBinder) else None
         self.proved: dict[tuple[int, Hashable], str] = {}  # by entry and form: what speaks against it
-        self.lock = _compile_lock
         self.forced_eager = 0
-        self._building = _Building()
-        self._captures = 0  # odd while one is going on
-        self._allowed: tuple[Any, ...] | None = None  # what was ambient when no obstacle was found last
-        self.graphs = self.calls = self.eager_calls = self.loaded = 0
-        self._shelf: Shelf | None = None
-        self.compile_seconds = 0.0
+        self.calls = self.eager_calls = 0
         self.fallback: str | None = None
         self.failures: dict[str, Failure] = {}  # by reason
-
-    @property
-    def name(self) -> str:
-        return f"{self.role} {self.qualname}".strip()
+        self._allowed: tuple[Any, ...] | None = None  # what was ambient when no obstacle was found last
 
     # -- the path of a call ---------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _is_dynamo_compiling() or self.forced_eager or self._building.now:
+        if _is_dynamo_compiling() or self.forced_eager or self.building.now:
             return compat.plain_call(self.module, *args, **kwargs)
         if compat.profiling() and (profiled := type(self).when_profiled) is not None:
             return profiled(self, args, kwargs)
@@ -131,7 +96,7 @@ class Region:
         call: Call | None = None
         try:
             call = self._bind(args, kwargs)
-            entry = self._find(call) or self._compile(call)
+            entry = self.find(call) or self.obtain(call)
             if self.forms is not None:
                 self._prove(args, kwargs, entry)
             if sampled:
@@ -177,11 +142,11 @@ class Region:
         rows: torch.Tensor | None,
         tolerance: Mapping[torch.dtype, float],
     ) -> str:
-        self._building.now = True
+        self.building.now = True
         try:
             return misfit(self.module, args, kwargs, lambda a, k: entry.run(self._bind(a, k)), rows, tolerance)
         finally:
-            self._building.now = False
+            self.building.now = False
 
     @staticmethod
     def _guarded(entry: Entry, call: Call) -> Any:
@@ -209,22 +174,16 @@ class Region:
 
     def _structure(self, *, look_again: bool) -> int:
         """The structure's number, looked at while no other thread captures: that changes the module for a moment."""
-        if self._building.now:
+        if self.building.now:
             return self.fingerprint.current(look_again=look_again)
         while True:
-            captures = self._captures
+            captures = self.captures
             if captures % 2 == 0:
                 structure = self.fingerprint.current(look_again=look_again)
-                if captures == self._captures:
+                if captures == self.captures:
                     return structure
             with self.lock:  # until the capture is over
                 look_again = True
-
-    def _find(self, call: Call) -> Entry | None:
-        for entry in self.entries.get(call.key, ()):
-            if entry.graph.accepts(call.leaves):
-                return entry
-        return None
 
     def _eager(self, why: NotCompilable, call: Call | None, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run eager and say why. A verdict is kept only when eager runs: else the mistake is in the call."""
@@ -233,7 +192,7 @@ class Region:
         if isinstance(why, ChangesItself):  # its key would be another one at every call
             self.changes_itself[self.module.training] = why.reason
         elif call is not None and not isinstance(why, PassingObstacle):
-            self.refused.setdefault(_verdict(call), why.reason)
+            self.refuse(call, why.reason)
         if self.fallback != why.reason:
             self.fallback = why.reason
             found = self.failures.get(why.reason) or failure_of(why)
@@ -242,166 +201,6 @@ class Region:
             data = {"reason": why.reason, "remedy": why.remedy or found.remedy, **found.data()}
             emit("fallback", self.name, f"runs eager: {why.reason}", **data)
         return result
-
-    # -- compiling ------------------------------------------------------------------------------------------------
-
-    def _compile(self, call: Call) -> Entry:
-        with self.lock:
-            entry = self._find(call)  # another thread may have been here first
-            if entry is not None:
-                return entry
-            if _verdict(call) in self.refused:
-                raise NotCompilable(self.refused[_verdict(call)])
-            hooked = hooked_below(self.module)
-            if hooked:  # it may note something, of which a graph would do nothing and a trial run too much
-                raise NotCompilable(f"{hooked} has a hook", remedy="Remove the hook to have the component compiled.")
-            place = self.shelf.place(call) if self.shelf is not None else None
-            if place is not None and place.shelf.shared() and not self.options.load_only:
-                entry = self._with_ranks(call, place)
-                if entry is not None:
-                    return entry
-            with place.locked() if place is not None else nullcontext():
-                return self._load(call, place) or self._make(call, place)
-
-    def _with_ranks(self, call: Call, place: Place) -> Entry | None:
-        """The entry that one of the ranks has or makes; ``None`` where this one has to go on by itself."""
-        found = entry_between_ranks(place, lambda: self._load(call, place), lambda: self._make(call, place))
-        if found.refused and found.raised == CompileFault.__name__:
-            raise CompileFault(f"{self.name}: {found.refused}")
-        if found.refused:
-            raise NotCompilable(found.refused)
-        return found.entry
-
-    def _load(self, call: Call, place: Place | None) -> Entry | None:
-        """The entry that another process left in the store, if any."""
-        entry = place.load() if place is not None else None
-        if entry is not None:
-            self.loaded += 1
-            self.fingerprint.watch(call.key[3], entry.graph.watched)
-            self._add(call, entry)
-            if self.options.dump is not None:
-                self.options.dump(self, entry)
-        return entry
-
-    def _make(self, call: Call, place: Place | None) -> Entry:
-        if self.options.load_only:
-            raise PassingObstacle("the store has no entry for this call, and nothing is to be compiled")
-        self._check_budget()
-        self._announce(call)
-        why: NotCompilable | None = None
-        for example, labels in self._examples(call):
-            try:
-                entry = self._build(call, example, labels)
-            except ExampleUnfit as reason:
-                why = reason
-                continue
-            if place is not None:
-                place.save(entry, labels)
-            if entry.graph.accepts(call.leaves):
-                return entry
-            # Kept for the sizes it holds for, but never run for this call.
-            failing = "; ".join(entry.graph.accepts.failing(call.leaves)[:3])
-            why = NotCompilable(f"the graph does not hold for these sizes: {failing}")
-        assert why is not None
-        raise why
-
-    @property
-    def shelf(self) -> Shelf | None:
-        """The region's entries on disk; ``None`` where nothing is kept there."""
-        store = self.options.store
-        if store is not None and (self._shelf is None or self._shelf.store is not store):
-            self._shelf = Shelf(store, self.module, self.options.lowered(), self.binder, self.name)
-        return self._shelf if store is not None else None
-
-    def _examples(self, call: Call) -> list[tuple[list[torch.Tensor], Sequence[Labels]]]:
-        """Examples that have not been tried for calls like this one."""
-        try:
-            if call.example is not None:
-                return [(make_call(call.example(), call.label).leaves, call.labels)]
-            general, given = examples(call)
-        except NotCompilable:
-            raise
-        except Exception as error:
-            raise NotCompilable(f"no example of the call could be made: {error}") from error
-        tried = any(pattern(e.call.labels) == pattern(call.labels) for e in self.entries.get(call.key, ()))
-        return [given] if tried else [general, given]
-
-    def _build(self, call: Call, example: list[torch.Tensor], labels: Sequence[Labels]) -> Entry:
-        started = time.perf_counter()
-        self._building.now = True
-        self._captures += 1
-        try:
-            with self.options.recording(), self.binder.tracing(self.module):
-                entry = build_entry(self.module, call, example, labels, self.options.lowering(), self._count_capture)
-            self.fingerprint.watch(call.key[3], entry.graph.watched)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:
-            seconds, found = time.perf_counter() - started, failure_of(compat.original_error(error))
-            reason = getattr(error, "reason", "") or found.cause
-            emit("compile_failed", self.name, reason, reason=reason, seconds=seconds, **found.data())
-            if isinstance(error, NotCompilable):
-                raise
-            self._fault(error)
-        finally:
-            self._captures += 1
-            self._building.now = False
-            self.compile_seconds += time.perf_counter() - started
-        entry.seconds = time.perf_counter() - started
-        self._add(call, entry)
-        said = {"seconds": entry.seconds, "entry": entry.number, "road": entry.graph.road}
-        said |= {"blocks": blocks} if (blocks := self._blocks()) else {}
-        emit("compile_end", self.name, f"compiled in {entry.seconds:.1f} s", **said)
-        if self.options.dump is not None:
-            self.options.dump(self, entry)
-        return entry
-
-    def _add(self, call: Call, entry: Entry) -> None:
-        entry.number = self.entry_count()
-        self.entries.setdefault(call.key, []).append(entry)
-
-    def _count_capture(self) -> None:
-        self.graphs += 1
-
-    def entry_count(self) -> int:
-        return sum(len(found) for found in self.entries.values())
-
-    def _check_budget(self) -> None:
-        count = self.entry_count()
-        if count < self.options.max_entries:
-            return
-        message = f"needs more than max_entries={self.options.max_entries} graphs"
-        if self.options.on_budget == "error":
-            raise BudgetExceeded(f"{self.name} {message}")
-        emit("budget", self.name, message, entries=count)
-        if self.options.on_budget == "eager":
-            raise NotCompilable(message, remedy="Raise max_entries, or see which argument differs with `explain`.")
-
-    def _announce(self, call: Call) -> None:
-        emit("compile_start", self.name, "compiling", paths=list(call.paths))
-        known = [e for found in self.entries.values() for e in found]
-        if known:
-            difference = self.difference(known[-1], call)
-            emit("new_entry", self.name, f"another graph is needed: {difference}", difference=difference)
-
-    def difference(self, entry: Entry, call: Call) -> str:
-        """What made another graph necessary, in words."""
-        (modes, structure, ambient), (modes_now, structure_now, ambient_now) = entry.call.key[2:], call.key[2:]
-        if structure != structure_now:
-            return self.fingerprint.difference(structure, structure_now)
-        named = zip(("grad mode", "inference mode", "training flag", "autocast"), modes, modes_now, strict=True)
-        for name, was, now in [*named, *((n, x, y) for (n, x), (_, y) in zip(ambient, ambient_now, strict=True))]:
-            if was != now:
-                return f"{name} is {now}, was {was}"
-        return entry.difference(call)
-
-    def _fault(self, error: BaseException) -> NoReturn:
-        """A capture or lowering that failed: eager, or ``on_fault="error"`` raises with the original as cause."""
-        cause = compat.original_error(error)
-        reason = f"compiling failed with {first_line(cause)}"
-        if self.options.on_fault == "error":
-            raise CompileFault(f"{self.name}: {reason}") from cause
-        raise NotCompilable(reason, remedy=_REMEDIES.get(type(cause).__name__, "")) from cause
 
     # -- for others -----------------------------------------------------------------------------------------------
 
@@ -438,19 +237,8 @@ class Region:
             compile_seconds=round(self.compile_seconds, 3),
             fallback=self.fallback,
             loaded=self.loaded,
-            blocks=self._blocks(),
+            blocks=self.blocks(),
         )
-
-    def _blocks(self) -> str | None:
-        """How the graph made last was divided, where it was."""
-        entries = [e for found in self.entries.values() for e in found]
-        blocks = entries[-1].graph.blocks if entries else None
-        return str(blocks) if blocks is not None and blocks.instances else None
-
-
-def _verdict(call: Call) -> Verdict:
-    """What a verdict is about: the key, and which sizes of the call are equal to which."""
-    return call.key, pattern(call.labels)
 
 
 def region_of(module: torch.nn.Module) -> Region | None:

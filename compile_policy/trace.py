@@ -133,7 +133,7 @@ class _TracedRegion(Region):
     when_profiled = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() or self.forced_eager or getattr(self._building, "now", False):
+        if torch.compiler.is_dynamo_compiling() or self.forced_eager or self.building.now:
             return super().__call__(*args, **kwargs)
         if not (compat.profiling() or id(self) in _traces):  # the profiler that was on has ended
             _leave(self)
@@ -141,11 +141,11 @@ class _TracedRegion(Region):
         with _range(self, self.name, "component", {"call": self.calls}):
             return super().__call__(*args, **kwargs)
 
-    def _compile(self, call: Any) -> Entry:
+    def obtain(self, call: Any) -> Entry:
         graphs, loaded, seconds = self.graphs, self.loaded, self.compile_seconds
         with _range(self, f"compile {self.name}", "compile", {}) as said:
             try:
-                entry = super()._compile(call)
+                entry = super().obtain(call)
             except NotCompilable as why:
                 said["failed"] = why.reason
                 raise

@@ -201,7 +201,10 @@ def test_nothing_is_built_when_nobody_listens(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(events, "Event", counted)
     monkeypatch.setattr(events, "_sinks", [])  # a dump's sink stays, silent, until the next dump
-    monkeypatch.setattr("compile_policy.region.emit", lambda kind, *a, **k: (asked.append(kind), emit(kind, *a, **k)))
+    for room in ("region", "entries"):
+        monkeypatch.setattr(
+            f"compile_policy.{room}.emit", lambda kind, *a, **k: (asked.append(kind), emit(kind, *a, **k))
+        )
     logging.getLogger("compile_policy").setLevel(logging.WARNING)
     region = Region(Doubles(), role="decoder", binder=SignatureBinder({"x": {0: None}}), options=RegionOptions("eager"))
     region.attach()

@@ -135,7 +135,7 @@ def _other_order(folder: Path, width: int) -> None:
     """Ranks that come to two components in opposite order do not wait for each other for ever."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(between, "PATIENCE_SECONDS", 0.3)
-        patch.setattr("compile_policy.region.build_entry", _broken)
+        patch.setattr("compile_policy.entries.build_entry", _broken)
         widths = [width + 50, width + 51]
         for each in widths if dist.get_rank() == 0 else widths[::-1]:
             assert Run(own(folder, "order"), each)().counts == (0, 0, 1)
@@ -146,7 +146,7 @@ def _raises(folder: Path, width: int) -> None:
     run = Run(own(folder, "raises"), width)
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 0:
-            patch.setattr("compile_policy.region.build_entry", _broken)
+            patch.setattr("compile_policy.entries.build_entry", _broken)
         run()
     assert run.counts == (0, 0, 1), run.counts
     assert run.region.fallback is not None and "out of registers" in run.region.fallback
@@ -157,7 +157,7 @@ def _raises_error(folder: Path, width: int) -> None:
     run = Run(own(folder, "raises"), width, on_fault="error")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(CompileFault, match="out of registers"):
         if dist.get_rank() == 0:
-            patch.setattr("compile_policy.region.build_entry", _broken)
+            patch.setattr("compile_policy.entries.build_entry", _broken)
         run()
 
 
