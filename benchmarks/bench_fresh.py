@@ -31,13 +31,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--write", action="store_true", help="put the table into RESULTS.md")
     parser.add_argument("--one", nargs=2, metavar=("KIND", "CACHE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(options.one[0], options.one[1], options.layers[0])))
+        print(json.dumps(measure(options.one[0], options.one[1], options.layers[0], options.device)))
         return
-    rows = [row for layers in options.layers for row in compare(layers, options.repeats)]
+    rows = [row for layers in options.layers for row in compare(layers, options.repeats, options.device)]
     titles = (
         "layers",
         "process",
@@ -48,19 +49,21 @@ def main() -> None:
         "frames",
     )
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}", *(f"| {' | '.join(row)} |" for row in rows)]
-    text = "\n".join([*lines, "", "CPU-seconds from the first call of `generate` to its first token; medians.", ""])
+    said = f"On {options.device}: CPU-seconds from the first call of `generate` to its first token; medians."
+    text = "\n".join([*lines, "", said, ""])
     print(text)
     if options.write:
-        write_section("fresh", "A fresh process", text)
+        suffix = "" if options.device == "cpu" else f"-{options.device}"
+        write_section(f"fresh{suffix}", "A fresh process", text)
 
 
-def compare(layers: int, repeats: int) -> list[tuple[str, ...]]:
+def compare(layers: int, repeats: int, device: str) -> list[tuple[str, ...]]:
     with tempfile.TemporaryDirectory() as cache:
-        cold = start("cold", cache, layers)
+        cold = start("cold", cache, layers, device)
         runs: dict[str, list[dict[str, Any]]] = {"eager": [], "warm": []}
         for _ in range(repeats):
             for kind, found in runs.items():
-                found.append(start(kind, cache, layers))
+                found.append(start(kind, cache, layers, device))
     middle = {kind: {key: statistics.median(r[key] for r in found) for key in found[0]} for kind, found in runs.items()}
     eager = middle["eager"]["first"]
     return [
@@ -75,11 +78,12 @@ def _row(layers: int, kind: str, run: dict[str, Any], eager: float) -> tuple[str
     return (str(layers), kind, *figures, str(int(run["frames"])))
 
 
-def start(kind: str, cache: str, layers: int) -> dict[str, Any]:
+def start(kind: str, cache: str, layers: int, device: str) -> dict[str, Any]:
     """One process."""
     with tempfile.TemporaryDirectory() as inductor:
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": inductor, "PYTHONPATH": f"{ROOT}:{ROOT / 'backends'}"}
-        command = [sys.executable, "-W", "ignore", __file__, "--one", kind, cache, "--layers", str(layers)]
+        command = [sys.executable, "-W", "ignore", __file__, "--one", kind, cache]
+        command += ["--layers", str(layers), "--device", device]
         ran = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
     return found
@@ -91,7 +95,7 @@ def cpu() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
-def measure(kind: str, cache: str, layers: int) -> dict[str, Any]:
+def measure(kind: str, cache: str, layers: int, device: str) -> dict[str, Any]:
     """CPU-seconds of the first token in this process, and how many of them went where."""
     import torch
     from torch._dynamo import convert_frame
@@ -122,10 +126,10 @@ def measure(kind: str, cache: str, layers: int) -> dict[str, Any]:
         num_key_value_heads=4,
     )
     torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(config).eval()
+    model: Any = LlamaForCausalLM(config).eval().to(device)
     if kind != "eager":
         compile_policy.apply(model, compile_policy.CompilationConfig(cache_dir=Path(cache), on_fault="error"))
-    ids = torch.randint(0, 1000, (1, PROMPT))
+    ids = torch.randint(0, 1000, (1, PROMPT), device=device)
     began = cpu()
     model.generate(input_ids=ids, max_new_tokens=1, do_sample=False)
     first = cpu() - began
