@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 import compile_policy as cp
 from compile_policy.applied import regions
 from compile_policy.errors import PolicyWarning, UnsupportedModelError
+from compile_policy.events import listening
 from compile_policy.plan import ComponentReport
 from compile_policy.region import region_of
 from compile_policy_transformers import applying
@@ -58,6 +59,17 @@ def test_apply_report_remove() -> None:
     assert torch.equal(_tokens(model), before)
     left = {n: set(m.__dict__) - attributes[n] for n, m in model.named_modules()}
     assert not any(left.values()), left
+
+
+def test_events_name_the_component() -> None:
+    """Role and path, as in the report: the region of a decorated class is made before its path is known."""
+    told: list[str] = []
+    with listening(lambda event: told.append(event.component)):
+        model = tiny_model("llama")
+        cp.apply(model, EAGER)
+        with torch.no_grad():
+            model(**tiny_inputs(model, text_len=4))
+    assert set(told) - {"decoder"} == {"decoder model"}  # attached before it had a path
 
 
 def test_other_instances_are_untouched() -> None:

@@ -63,6 +63,7 @@ def _attach(model: torch.nn.Module, component: Component, config: CompilationCon
         region = Region(module, role=component.role, binder=binder_for(component.role, module))
         region.attach()
     region.role, region.qualname, region.reason = component.role, component.qualname, component.reason
+    region.name = f"{component.role} {component.qualname}".strip()
     region.options = region_options(config)
     if isinstance(region.binder, DecoderBinder):
         region.binder.belongs_to(model)

@@ -212,6 +212,8 @@ def _judged(
         if event.kind == "fallback" and any(event.component == f"{c.role} {c.qualname}".strip() for c in compiled):
             place = f"{os.path.basename(event.data['file'])}:{event.data['line']}" if "file" in event.data else ""
             return Cell("eager", **counts, reason=event.data["reason"], remedy=event.data["remedy"], place=place)
+    if counts["eager_calls"]:
+        return Cell("eager", **counts, reason=next((c.fallback for c in compiled if c.fallback), ""))
     if counts["calls"] == 0:
         return Cell("eager", **counts, reason="it is never called")
     if all(c.graphs <= 1 for c in compiled):
