@@ -17,6 +17,7 @@ from compile_policy.plan import Component, Plan
 from compile_policy.region import Binder, Region, region_of
 from compile_policy.saving import ignore_attributes
 from compile_policy_transformers import compat
+from compile_policy_transformers.audio import SoundBinder
 from compile_policy_transformers.components import meta_model
 from compile_policy_transformers.decoder import DecoderBinder
 from compile_policy_transformers.outputs import use_for_outputs
@@ -76,6 +77,8 @@ def binder_for(role: str, module: torch.nn.Module) -> Binder:
     """How calls of a component with this role are made canonical."""
     if role == "decoder":
         return DecoderBinder(module)
+    if role == "encoder[audio]":
+        return SoundBinder(module)
     return StackBinder(module) if is_stack(module) and not is_grid_tower(module) else EncoderBinder(module)
 
 

@@ -18,6 +18,7 @@ from compile_policy.errors import PolicyWarning
 from compile_policy.plan import Component
 from compile_policy_transformers import caches
 from compile_policy_transformers.applying import binder_for
+from compile_policy_transformers.audio import SoundBinder
 from compile_policy_transformers.base import find_components
 from compile_policy_transformers.components import Found, holds, meta_model, qualname, rule_for
 from compile_policy_transformers.decoder import DecoderBinder
@@ -39,7 +40,9 @@ LABELS = {
     "mask_heads": "heads of the mask",
     "patches": "patches of each picture, or of all packed ones",
     "packed pictures": "packed pictures of the call, and one",
-    "images": "pictures, or pieces of sound, of the call",
+    "images": "pictures of the call",
+    "sounds": "pieces of sound of the call",
+    "frames": "frames of each piece of sound, the longest one's",
 }
 
 
@@ -146,6 +149,8 @@ def sample_bound(model: nn.Module, component: Component) -> Bound:
             return binder.bind(module, (), given)
         if isinstance(binder, StackBinder):
             return binder.bind(module, (), {next(iter(binder.parameters)): _states(module)})
+        if isinstance(binder, SoundBinder):
+            raise LookupError("which of its dims are frames is found out by running it on sound")
         assert isinstance(binder, EncoderBinder)
         first = next(iter(binder.parameters))
         if not binder.grid:

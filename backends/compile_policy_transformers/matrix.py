@@ -22,12 +22,16 @@ from compile_policy.applied import apply, plan, remove, report
 from compile_policy.config import CompilationConfig
 from compile_policy.errors import PolicyError, first_line
 from compile_policy.events import Event, listening
+from compile_policy.failure import failure_of
 from compile_policy.plan import Component, ComponentReport
 from compile_policy.reference import relative_error
 from compile_policy_transformers import compat
 from compile_policy_transformers.tiny import tiny_inputs, tiny_model
+from compile_policy_transformers.tiny.sounds import SOUNDS
 
 KINDS = ("none", "dynamic", "static")
+#: What is judged together: name -> roles. One tower often serves pictures and video.
+_ENCODERS = {"vision": ("encoder[image]", "encoder[video]"), "audio": ("encoder[audio]",)}
 NEW_TOKENS = 4
 #: Of the largest logit. Eager and captured code run the same operators in float32; what is wrong is wrong by far more.
 TOLERANCE = 1e-3
@@ -49,20 +53,21 @@ def matrix_types() -> list[str]:
 
 @dataclass(frozen=True)
 class Request:
-    """One batch of prompts."""
+    """One batch of prompts: height and width of each row's pictures, frames of each row's pieces of sound."""
 
     text: int
-    pictures: tuple[tuple[int, int], ...]
+    pictures: tuple[tuple[int, int], ...] = ()
+    sounds: tuple[int, ...] = ()
     batch: int = 1
 
 
 REQUESTS = (
-    Request(9, ((56, 56),)),
-    Request(14, ((56, 84), (84, 56)), batch=2),
-    Request(23, ((84, 84),), batch=3),
-    Request(11, ()),
-    Request(6, ((56, 112), (56, 56), (112, 56))),
-    Request(17, (), batch=2),
+    Request(9, ((56, 56),), (40,)),
+    Request(14, ((56, 84), (84, 56)), (72, 37), batch=2),
+    Request(23, ((84, 84),), (130,), batch=3),
+    Request(11),
+    Request(6, ((56, 112), (56, 56), (112, 56)), (24, 205, 61)),
+    Request(17, batch=2),
 )
 
 
@@ -72,8 +77,8 @@ class Cell:
 
     Attributes:
         state: ``ok`` (one graph per component, equal, never eager), ``graphs`` (equal, more than one), ``eager``
-            (equal, some or all calls eager), ``wrong``, ``raises``, ``no reference`` (eager itself cannot run it) or
-            ``absent`` (there is no such component).
+            (equal, some or all calls eager), ``wrong``, ``raises``, ``no reference`` (eager itself cannot run it),
+            ``idle`` (never called) or ``absent`` (there is no such component).
         graphs: captures of all components of the role.
         error: largest difference to eager, relative to the largest logit.
         reason: why not ``ok``; ``remedy``: what would change that; ``place``: the model's line at fault, if one is.
@@ -97,15 +102,16 @@ class Row:
     Attributes:
         components: role, path and class of each component.
         decoder: kind of cache -> what happened.
-        encoder: what happened to the encoders with ``compile_mm_encoder``.
-        control: difference that an ignored padding mask, or a blank picture, makes: the comparison would notice it.
+        encoders: ``vision`` and ``audio`` -> what happened to these encoders with ``compile_mm_encoder``.
+        control: difference that an ignored padding mask, a blank picture or silence makes: the comparison would
+            notice it.
     """
 
     model_type: str
     model_cls: str = ""
     components: tuple[tuple[str, str, str], ...] = ()
     decoder: Mapping[str, Cell] | None = None
-    encoder: Cell | None = None
+    encoders: Mapping[str, Cell] | None = None
     control: float = 0.0
     obstacle: str = ""
 
@@ -124,10 +130,10 @@ def measure(model_type: str) -> Row:
         prompts = _prompts(model)
         if not prompts:
             return Row(model_type, type(model).__name__, obstacle="no request runs eager")
-        decoder = {kind: _cell(model, prompts, kind, "decoder") for kind in KINDS}
-        encoder = _cell(model, prompts, "none", "encoder")
+        decoder = {kind: _cells(model, prompts, kind, {"decoder": ("decoder",)})["decoder"] for kind in KINDS}
+        encoders = _cells(model, prompts, "none", _ENCODERS)
         components = tuple((c.role, c.qualname, c.cls) for c in _planned(model))
-        return Row(model_type, type(model).__name__, components, decoder, encoder, _control(model, prompts))
+        return Row(model_type, type(model).__name__, components, decoder, encoders, _control(model, prompts))
 
 
 def _planned(model: PreTrainedModel) -> Sequence[ComponentReport]:
@@ -140,11 +146,12 @@ def _planned(model: PreTrainedModel) -> Sequence[ComponentReport]:
 def _prompts(model: PreTrainedModel) -> list[dict[str, Any]]:
     """The requests that the model takes eager; text alone, or several pictures, are not for every model."""
     prompts = []
-    blind = _takes_no_pictures(model)
+    blind, deaf = _refuses(model, images=REQUESTS[0].pictures), _refuses(model, sounds=REQUESTS[0].sounds)
     for seed, request in enumerate(REQUESTS):
+        given: dict[str, Any] = {"text_len": request.text, "batch": request.batch, "seed": seed}
+        given |= {"images": () if blind else request.pictures, "sounds": () if deaf else request.sounds}
         try:
-            pictures = () if blind else request.pictures
-            inputs = tiny_inputs(model, text_len=request.text, images=pictures, batch=request.batch, seed=seed)
+            inputs = tiny_inputs(model, **given)
             model(**inputs)
         except Exception:
             continue
@@ -152,32 +159,48 @@ def _prompts(model: PreTrainedModel) -> list[dict[str, Any]]:
     return prompts
 
 
-def _takes_no_pictures(model: PreTrainedModel) -> bool:
+def _refuses(model: PreTrainedModel, **what: Any) -> bool:
+    """Whether the model says that it takes no such input."""
     try:
-        tiny_inputs(model, text_len=REQUESTS[0].text, images=REQUESTS[0].pictures)
-    except ValueError:
-        return True
+        tiny_inputs(model, text_len=REQUESTS[0].text, **what)
+    except ValueError as why:
+        return "takes no" in str(why)
+    except Exception:  # what it takes fails only beside other inputs
+        return False
     return False
 
 
-def _cell(model: PreTrainedModel, prompts: Sequence[dict[str, Any]], kind: str, role: str) -> Cell:
+def _cells(
+    model: PreTrainedModel, prompts: Sequence[dict[str, Any]], kind: str, groups: Mapping[str, Sequence[str]]
+) -> dict[str, Cell]:
+    """What happened to each group of components; all run compiled at once."""
     expected = [_attempt(model, prompt, kind) for prompt in prompts]
     usable = [(p, e) for p, e in zip(prompts, expected, strict=True) if not isinstance(e, Exception)]
     if not usable:
-        return Cell("no reference", reason=first_line(expected[0]))
+        return dict.fromkeys(groups, Cell("no reference", reason=_cause(expected[0])))
     told: list[Event] = []
     with listening(told.append):
         try:
-            apply(model, CompilationConfig(backend="eager", compile_mm_encoder=role == "encoder", max_entries=64))
+            apply(model, CompilationConfig(backend="eager", compile_mm_encoder=groups is _ENCODERS, max_entries=64))
         except PolicyError as error:
-            return Cell("absent" if role == "encoder" else "raises", reason=error.message, remedy=error.remedy)
+            state = "absent" if groups is _ENCODERS else "raises"
+            return dict.fromkeys(groups, Cell(state, reason=error.message, remedy=error.remedy))
         try:
             got = [_attempt(model, prompt, kind) for prompt, _ in usable]
-            rows = [c for c in report(model).components if c.role.split("[")[0] == role]
+            rows = report(model).components
             plans = {c.qualname: c for c in plan(model).components}
         finally:
             remove(model)
-    return _judged(got, [e for _, e in usable], rows, told, plans)
+    wanted = [e for _, e in usable]
+    return {
+        name: _judged(got, wanted, [c for c in rows if c.role in roles], told, plans) for name, roles in groups.items()
+    }
+
+
+def _cause(error: BaseException) -> str:
+    """An exception in a sentence: what Dynamo's say is read, others say it in their first line."""
+    found = failure_of(error)
+    return found.cause if found.error else first_line(error)
 
 
 def _judged(
@@ -199,12 +222,12 @@ def _judged(
         "requests": len(got),
     }
     raised = next((g for g in got if isinstance(g, Exception)), None)
+    if not rows:
+        return Cell("absent")
     if raised is not None:
-        return Cell("raises", **counts, reason=first_line(raised))
+        return Cell("raises", **counts, reason=_cause(raised))
     if error > TOLERANCE:
         return Cell("wrong", **counts)
-    if not rows:
-        return Cell("absent", **counts)
     if not compiled:
         planned = plans[rows[0].qualname]
         return Cell("eager", **counts, reason=planned.reason, remedy=planned.remedy)
@@ -215,7 +238,7 @@ def _judged(
     if counts["eager_calls"]:
         return Cell("eager", **counts, reason=next((c.fallback for c in compiled if c.fallback), ""))
     if counts["calls"] == 0:
-        return Cell("eager", **counts, reason="it is never called")
+        return Cell("idle", **counts, reason="no request of the measurement reaches it")
     if all(c.graphs <= 1 for c in compiled):
         return Cell("ok", **counts)
     reasons = [e.data["difference"] for e in told if e.kind == "new_entry"]
@@ -251,7 +274,7 @@ def _difference(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -
 
 
 def _control(model: PreTrainedModel, prompts: Sequence[dict[str, Any]]) -> float:
-    """The largest change that ignoring padding, or blanking the pictures, makes to the logits."""
+    """The largest change that ignoring padding, or blanking pictures or sound, makes to the logits."""
     worst = 0.0
     for prompt in prompts:
         expected = _attempt(model, prompt, "none")
@@ -266,7 +289,7 @@ def _altered(prompt: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     mask = prompt.get("attention_mask")
     if isinstance(mask, torch.Tensor) and not mask.all():
         yield {**prompt, "attention_mask": torch.ones_like(mask)}
-    for name in ("pixel_values", "flattened_patches"):
-        pixels = prompt.get(name)
-        if isinstance(pixels, torch.Tensor):
-            yield {**prompt, name: torch.zeros_like(pixels)}
+    for name in ("pixel_values", "flattened_patches", *SOUNDS):
+        seen = prompt.get(name)
+        if isinstance(seen, torch.Tensor):
+            yield {**prompt, name: torch.zeros_like(seen)}

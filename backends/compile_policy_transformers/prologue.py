@@ -1,9 +1,10 @@
-"""What a vision tower computes from the grid of its pictures, outside the graph.
+"""What a tower computes from the grid of its pictures, or the lengths of its sounds, outside the graph.
 
 Positions, window orders and sequence lengths depend on the values of a grid, in Python and with sizes that only the
-values tell. Transformers' own ``get_vision_...`` functions compute them, and take a result that is handed back to the
-tower as a keyword argument. An eager run of the tower on small pictures shows which of them it calls and with what;
-from then on they are called before the graph, with the grid of each call. No model code is changed.
+values tell. Transformers' own layout functions compute them (``get_vision_...`` and others that take ``kwargs``), and
+take a result that is handed back to the tower as a keyword argument. An eager run of the tower on small inputs shows
+which of them it calls and with what; from then on they are called before the graph, with the arguments of each call.
+No model code is changed.
 """
 
 from __future__ import annotations
@@ -15,45 +16,19 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from compile_policy.errors import NotCompilable
+from compile_policy_transformers.origins import Derived, origin
 
 #: Stands for every longest length: the varlen operator reads lengths from the tensor, a number would be a constant.
 ANY_LENGTH = 1 << 20
 _LENGTH = "get_max_seqlen"
 _lock = threading.RLock()
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column of a grid that a tower derives from the one that it was called with.
-
-    Attributes:
-        source: the column that it is a multiple of; ``None`` for a constant.
-        factor: the multiple, or the constant.
-    """
-
-    source: int | None
-    factor: int
-
-    def of(self, grid: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(grid[:, 0], self.factor) if self.source is None else grid[:, self.source] * self.factor
-
-
-@dataclass(frozen=True)
-class Derived:
-    """A tensor that comes from an argument of the call: the argument itself, or a grid made from its columns."""
-
-    argument: str
-    columns: tuple[Column, ...] = ()
-
-    def of(self, values: Mapping[str, Any]) -> Any:
-        given = values[self.argument]
-        return torch.stack([c.of(given) for c in self.columns], dim=1) if self.columns else given
 
 
 @dataclass(frozen=True)
@@ -105,7 +80,7 @@ class Prologue:
         """Layout of the pictures of a call, by keyword argument; ``values`` are its arguments by name."""
         layout: dict[str, Any] = {}
         for step in self.steps:
-            layout.update(step.run(values))
+            layout.update(step.run({**values, **layout}))
         return layout
 
 
@@ -141,7 +116,15 @@ def learn(tower: torch.nn.Module, values: Mapping[str, Any]) -> Prologue:
 def layout_functions(tower: torch.nn.Module) -> dict[str, Callable[..., Any]]:
     """The layout functions that the module of ``tower`` has, by name."""
     namespace = vars(sys.modules[type(tower).__module__])
-    return {n: f for n, f in namespace.items() if (n.startswith("get_vision_") or n == _LENGTH) and callable(f)}
+    return {n: f for n, f in namespace.items() if n.startswith("get_vision_") or n == _LENGTH or _takes_results(f)}
+
+
+def _takes_results(function: Any) -> bool:
+    """Whether results computed beforehand can be handed in, as a dictionary called ``kwargs``."""
+    if not isinstance(function, FunctionType):
+        return False
+    code = function.__code__
+    return "kwargs" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
 
 @contextmanager
@@ -150,6 +133,7 @@ def _noting(tower: torch.nn.Module, values: Mapping[str, Any], seen: list[Step],
     thread = threading.get_ident()
     namespace = vars(sys.modules[type(tower).__module__])
     functions = layout_functions(tower)
+    made: dict[str, Any] = {}
 
     def noting(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, kwargs: dict[str, Any] | None = None, **named: Any) -> Any:
@@ -161,7 +145,9 @@ def _noting(tower: torch.nn.Module, values: Mapping[str, Any], seen: list[Step],
             for name in asked.names:
                 kwargs.pop(name, None)
             arguments: dict[int | str, Any] = {**dict(enumerate(args)), **dict(named.items())}
-            seen.append(_step(tower, function, arguments, tuple(asked.names), values))
+            seen.append(_step(tower, function, arguments, tuple(asked.names), {**values, **made}))
+            if function.__name__ != _LENGTH:
+                made.update(_named(tuple(asked.names), result))
             return result
 
         return call
@@ -236,32 +222,6 @@ def _step(
             raise NotCompilable(f"{type(tower).__name__} hands {function.__name__} a tensor that it computes itself")
         given.append((place, found))
     return Step(function, tuple(given), names)
-
-
-def origin(value: torch.Tensor, values: Mapping[str, Any]) -> Derived | None:
-    """How ``value`` comes from the arguments of the call."""
-    tensors = {n: v for n, v in values.items() if isinstance(v, torch.Tensor) and not v.is_floating_point()}
-    for name, candidate in tensors.items():
-        if value is candidate or torch.equal(value, candidate):
-            return Derived(name)
-    for name, candidate in tensors.items():
-        if value.dim() == candidate.dim() == 2 and len(value) == len(candidate):
-            columns = [_column(column, candidate, i) for i, column in enumerate(value.unbind(1))]
-            known = tuple(c for c in columns if c is not None)
-            if len(known) == len(columns):
-                return Derived(name, known)
-    return None
-
-
-def _column(column: torch.Tensor, grid: torch.Tensor, place: int) -> Column | None:
-    """How ``column`` comes from ``grid``; its own place is the likely one."""
-    for i in sorted(range(grid.shape[1]), key=lambda i: i != place):
-        source = grid[:, i].cpu()
-        factor = int(column[0]) // max(int(source[0]), 1)
-        likely = factor and (i == place or source.unique().numel() > 1)  # a column that never varies says little
-        if likely and torch.equal(source * factor, column.cpu().to(source.dtype)):
-            return Column(i, factor)
-    return Column(None, int(column[0])) if column.unique().numel() == 1 else None
 
 
 def _named(names: tuple[str, ...], result: Any) -> dict[str, Any]:

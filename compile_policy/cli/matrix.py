@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from compile_policy.cli.matrix_page import page, row_lines, table
+from compile_policy.cli.matrix_page import lines_about, page, row_lines, table
 from compile_policy.cli.session import Session
 from compile_policy.cli.terminal import Terminal
 from compile_policy.errors import InputError
@@ -64,7 +64,7 @@ def matrix(
         print(json.dumps({"versions": versions(), "rows": rows}))
     elif check is None:
         session.terminal.out.print(table(rows))
-    return 0 if check is None else _checked(session.terminal, check, rows)
+    return 0 if check is None else _checked(session.terminal, check, rows, whole=not types)
 
 
 def versions() -> dict[str, str]:
@@ -139,14 +139,27 @@ class _Kept:
             self.path.unlink(missing_ok=True)
 
 
-def _checked(terminal: Terminal, path: Path, rows: Sequence[Row]) -> int:
-    """Compare the rows with the lines of a page; 1 when one is no longer true."""
+def _checked(terminal: Terminal, path: Path, rows: Sequence[Row], whole: bool) -> int:
+    """Compare the rows with what a page says about the same architectures; 1 when a line is no longer true.
+
+    With all architectures (``whole``) the rest of the page counts too: versions, totals, architectures that are gone.
+    """
     if not path.exists():
         raise InputError(f"no page {path}", remedy=f"Make it: compile-policy matrix --out {path}")
-    lines = set(path.read_text(encoding="utf-8").splitlines())
-    stale = [line for row in rows for line in row_lines(row) if line not in lines]
-    for line in stale:
-        terminal.note(f"not in {path}: {line}", style="red")
-    if not stale:
+    text = path.read_text(encoding="utf-8")
+    stale = 0
+    for row in rows:
+        stated, measured = lines_about(row["model_type"], text), row_lines(row)
+        for line in [line for line in stated if line not in measured]:
+            terminal.note(f"{path} says   {line}", style="red")
+        for line in [line for line in measured if line not in stated]:
+            terminal.note(f"measured is {line}", style="red")
+        stale += stated != measured
+    if whole and not stale and text != page(rows, versions()):
+        terminal.note(f"{path} has other versions, totals or architectures than were measured", style="red")
+        return 1
+    if stale:
+        terminal.note(f"{path} is not true for {stale} of {len(rows)} architectures", style="red")
+    else:
         terminal.note(f"{path} is true for {len(rows)} architectures", style="green")
     return 1 if stale else 0

@@ -32,6 +32,7 @@ _MINICPM = {
     "insert_layer_id": 0,
     "text_config.rope_parameters.partial_rotary_factor": 0.5,
 }
+_GRANITE_SPEECH = {"encoder_config.context_size": 12}  # several blocks in a short piece of sound
 _OMNI = {"vision_start_token_id": 312, "vision_end_token_id": 313}
 
 # Dotted path below the shrunk configuration: value.
@@ -77,6 +78,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "vq_config.num_res_blocks": 1,
     },
     "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [3, 3, 2]},  # height and width are interleaved
+    "glmasr": {"audio_config.intermediate_size": 256},  # four frames of the tower's width become one token
+    "granite_speech": _GRANITE_SPEECH,
+    "granite_speech_plus": _GRANITE_SPEECH,
+    "phi4_multimodal": {
+        "audio_config.nemo_conv_channels": 64,
+        "audio_config.ext_pw_out_channel": 64,
+        "audio_config.depthwise_separable_out_channel": 64,
+    },
+    "qwen3_asr": {"audio_config.n_window_infer": 200},
     "fun_asr_nano": {"adaptor_config.intermediate_size": 16},
     "gemma3": _GEMMA3,
     "llama4": {"vision_config.intermediate_size": 256, "vision_config.vision_output_dim": 64},
@@ -94,8 +104,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_vl": {"text_config.head_dim": 16, "text_config.rope_parameters.mrope_section": [2, 2, 2, 2]},
     "inkling_mm_model": {"vision_config.patch_size": 8, "vision_config.n_layers": 5},  # fewer layers need scipy
     "molmo2": {"vision_config.num_position_embeddings": 16, "adapter_config.vision_feature_layer": [1, 0]},
-    "qwen2_5_omni_thinker": _OMNI,
-    "qwen3_omni_moe_thinker": _OMNI,
+    "qwen2_5_omni_thinker": {**_OMNI, "audio_config.n_window": 8},
+    "qwen3_omni_moe_thinker": {**_OMNI, "audio_config.n_window_infer": 200},
     # a quarter of head_dim 16 is too little for three rotary sections
     "qwen3_5": {"text_config.rope_parameters.partial_rotary_factor": 0.5, "text_config.head_dim": 32},
     "qwen4_exp": {
@@ -127,6 +137,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "vision_config.adapter_out_dim": 64,
         "audio_config.adapter_input_size": 64,
         "audio_config.adapter_out_dim": 64,
+        "audio_config.conv_output_size": 1024,
     },
     "florence2": {
         "vision_config.embed_dim": [32, 32, 32, 64],
@@ -151,6 +162,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mllama": {"vision_config.vision_output_dim": 128},
     "muse_glimmer": {"out_hidden_size": 256},
     "muse_spark": {"out_hidden_size": 256},
+    "nemo_speechlm": {  # its values have as many heads as its queries
+        "audio_config.asr_config.num_key_value_heads": 4,
+        "audio_config.diarization_config.audio_config.num_key_value_heads": 4,
+    },
     "nemotron_h_omni": {"image_token_id": IMAGE_ID, "video_token_id": IMAGE_ID + 1},
     "t5gemma2": {"encoder.mm_tokens_per_image": 4},
     "unlimited_ocr": {
@@ -167,5 +182,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         for kind in ("acoustic", "semantic")
         for name, value in {"depths": [1, 1, 1], "downsampling_ratios": [2, 2], "num_filters": 8}.items()
     },
+    "voxtral": {"audio_token_id": IMAGE_ID, "audio_config.intermediate_size": 256},
     "vipllava": {"vision_feature_layers": [-2, -1]},
 }
