@@ -28,6 +28,9 @@ _IGNORABLE_ORIGINS = (
     # Convolution chooses its kernel by the batch (16 or more goes to oneDNN); each gives the same result and layout.
     "in conv)",
 )
+# `.contiguous()` and `.reshape()` ask whether a copy is needed, which a size of 1 can answer in another way. With the
+# copy or without, the values are the same; that nothing is written through an alias, the proof of each form shows.
+_ASKS_FOR_COPY = re.compile(r"\.(contiguous|reshape)\(.* in run_node\)", re.DOTALL)
 _LEAF = re.compile(r"\bs\[(\d+)\]")
 _FUNCTIONS: dict[str, Any] = {"Max": max, "Min": min, "floor": lambda x: int(x // 1), "math": math}
 
@@ -88,13 +91,21 @@ def conditions_of(env: Any, leaves: Sequence[torch.Tensor], shapes: Mapping[int,
     conditions = [c for place, size in places for c in _dim_condition(names, place, size)]
     printer = _Printer(names)
     for guard in env.guards:
-        if not guard.expr.free_symbols or any(o in guard_origin(guard) for o in _IGNORABLE_ORIGINS):
+        if not guard.expr.free_symbols or _ignorable(guard):
             continue
         unknown = [s for s in guard.expr.free_symbols if s not in names]
         if unknown:
             raise RuntimeError(f"the trace assumed {guard.expr}, and {unknown} is no size of an input")
         conditions.append(f"({printer.doprint(guard.expr)})")
     return ShapeConditions(conditions)
+
+
+def _ignorable(guard: Any) -> bool:
+    origin = guard_origin(guard)
+    if any(name in origin for name in _IGNORABLE_ORIGINS):
+        return True
+    not_one = isinstance(guard.expr, sympy.Ne) and sympy.Integer(1) in guard.expr.args
+    return not_one and _ASKS_FOR_COPY.search(origin) is not None
 
 
 def _first_places(places: Sequence[tuple[str, Any]], env: Any, n_leaves: int) -> dict[sympy.Symbol, str]:

@@ -95,10 +95,11 @@ class Region(Entries):
                 return step.run()
         call: Call | None = None
         try:
+            form = None if self.forms is None else self.forms.form(args, kwargs)  # as given: binding fills lazy caches
             call = self._bind(args, kwargs)
             entry = self.find(call) or self.obtain(call)
-            if self.forms is not None:
-                self._prove(args, kwargs, entry)
+            if form is not None:
+                self._prove(args, kwargs, entry, *form)
             if sampled:
                 self._compare(args, kwargs, entry)
             result = self._guarded(entry, call)
@@ -111,10 +112,10 @@ class Region(Entries):
             return result
         return self._eager(why, call, self.module.forward, *args, **kwargs)
 
-    def _prove(self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry) -> None:
+    def _prove(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry, form: Hashable, rows: torch.Tensor | None
+    ) -> None:
         """Refuse a form of call for which the graph is not what the component's own forward is; looked at once."""
-        assert self.forms is not None
-        form, rows = self.forms.form(args, kwargs)
         place = (entry.number, form)
         if place not in self.proved and self.shelf is not None and self.shelf.proved(entry, form):
             self.proved[place] = ""

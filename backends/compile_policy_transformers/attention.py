@@ -1,7 +1,8 @@
 """Attention as the policy traces it: registered with Transformers' own attention and mask interfaces.
 
-Two names. ``DECODER``: a mask is always given, dense and boolean, so that no branch on sizes (``is_causal``, "skip the
-mask") ends up in a graph; prefill, decode and padding are then one graph. ``ENCODER``: packed images or windows,
+Three names. ``DECODER``: a mask is always given, dense and boolean, so that no branch on sizes (``is_causal``, "skip
+the mask") ends up in a graph; prefill, decode and padding are then one graph. ``ADDITIVE``: the same for decoders that
+write their attention out and add the mask to the scores. ``ENCODER``: packed images or windows,
 described by ``cu_seq_lens``, go through an operator that stays opaque to the graph; its name contains "flash" because
 that is how Transformers' vision towers decide to hand over the lengths.
 """
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
 DECODER = "compile_policy"
+ADDITIVE = "compile_policy_additive"
 ENCODER = "compile_policy_flash_varlen"
 
 #: Implementations that compute what `dense_attention` computes; others are the user's choice and traced as they are.
@@ -31,6 +33,21 @@ def dense_mask(*args: Any, **kwargs: Any) -> torch.Tensor:
     mask = sdpa_mask(*args, **kwargs)
     assert mask is not None
     return mask
+
+
+def decoder_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """`dense_mask`, but none where nothing is masked whatever the sizes: an encoder's output without padding."""
+    everything = kwargs.get("mask_function") is bidirectional_mask_function and kwargs.get("attention_mask") is None
+    return None if everything and kwargs.get("allow_is_bidirectional_skip") else dense_mask(*args, **kwargs)
+
+
+def additive_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> torch.Tensor | None:
+    """`decoder_mask` as numbers to add to the scores: 0, and the lowest of ``dtype`` where attention is closed."""
+    mask = decoder_mask(*args, **kwargs)
+    if mask is None:
+        return None
+    zero = torch.zeros((), dtype=dtype, device=mask.device)
+    return torch.where(mask, zero, torch.finfo(dtype).min)
 
 
 def dense_attention(
@@ -175,7 +192,9 @@ def encoder_attention(
 
 
 AttentionInterface.register(DECODER, dense_attention)
-AttentionMaskInterface.register(DECODER, dense_mask)
+AttentionMaskInterface.register(DECODER, decoder_mask)
+AttentionInterface.register(ADDITIVE, dense_attention)
+AttentionMaskInterface.register(ADDITIVE, additive_mask)
 AttentionInterface.register(ENCODER, encoder_attention)
 AttentionMaskInterface.register(ENCODER, dense_mask)
 

@@ -111,8 +111,12 @@ def is_empty(cache: Cache) -> bool:
     if isinstance(cache, EncoderDecoderCache):
         return not any(cache.is_updated.values())
     layers: Any = getattr(cache, "layers", ())
-    used = (any(x.has_previous_state.values()) if states.is_linear(x) else x.is_initialized for x in layers)
+    used = (any(x.has_previous_state.values()) if states.is_linear(x) else _holds_any(x) for x in layers)
     return not any(used)
+
+
+def _holds_any(layer: Any) -> bool:
+    return bool(layer.is_initialized) and layer.keys.numel() > 0
 
 
 def layer_shapes(cache: Cache) -> list[LayerShape]:

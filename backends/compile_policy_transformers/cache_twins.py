@@ -88,6 +88,21 @@ def slots_to_keep(slots: int, seen: int, new: int, device: torch.device) -> torc
     return torch.tensor(order, device=device)
 
 
+class TracedGiven(DynamicLayer):
+    """States that were all there before the graph, and are only read."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotCompilable("the decoder adds to states that come from outside the text")
+
+
+class TracedStatic(StaticLayer):
+    """`StaticLayer` for which no mask is treated in another way when there is one token: masks are always made."""
+
+    is_compileable = False
+
+
 class TracedLinearDynamic(LinearAttentionLayer, TracedDynamic):  # type: ignore[misc, override]
     """Linear attention beside full attention."""
 
@@ -107,9 +122,10 @@ class TracedIndexed(DynamicIndexedLayer):
 
 
 _TWINS: dict[str, type] = {
+    "given": TracedGiven,
     "dynamic": TracedDynamic,
     "sliding": TracedSliding,
-    "static": StaticLayer,
+    "static": TracedStatic,
     "static_sliding": TracedSliding,
 }
 _LINEAR: dict[str, type] = {

@@ -8,7 +8,7 @@ tensors, rebuilds a cache of the same class around traced tensors, and writes th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -23,14 +23,23 @@ from compile_policy_transformers.cache_twins import rebuild_layer, slots_to_keep
 #: Labels of the dims that vary. A full dynamic layer and a sliding one hold different lengths.
 PAST, SLIDING_PAST, SLIDING_KEPT = "past", "sliding_past", "sliding_kept"
 SLOTS, SLIDING_SLOTS = "slots", "sliding_slots"
+#: Label of what has the length of an encoder's output, or of what a picture gave.
+ENCODED = "encoded"
 
 
 @dataclass(frozen=True)
 class CacheCall:
-    """A cache together with the number of new tokens that this call brings."""
+    """A cache together with the number of new tokens that this call brings.
+
+    Attributes:
+        given: layers that are read only -> their keys and values, whatever the cache holds for them.
+        new: what of that the cache gets after the call.
+    """
 
     cache: Cache
     query_length: int
+    given: Mapping[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    new: Mapping[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
 class _CacheAdapter:
@@ -42,7 +51,10 @@ class _CacheAdapter:
             raise NotCompilable("`update` was replaced on this cache", remedy="Write it into a class of its own.")
         selects: dict[tuple[str, int, int], int] = {}
         layers = tuple(
-            self._flatten_layer(layer, selects, out, f"{path}.layers[{i}]") for i, layer in enumerate(cache.layers)
+            flatten_given(value.given[i], out, f"{path}.layers[{i}]")
+            if i in value.given
+            else self._flatten_layer(layer, selects, out, f"{path}.layers[{i}]")
+            for i, layer in enumerate(cache.layers)
         )
         for (kind, size, held), n in selects.items():
             choose = slots_to_keep if kind == "static_sliding" else states_to_keep
@@ -141,9 +153,18 @@ class _CacheAdapter:
                     layer.cumulative_length.add_(value.query_length)
             if s[0] == "linear":
                 states.states_written(layer)
+        for i, (keys, held) in value.new.items():
+            value.cache.update(keys, held, i)
 
     def public(self, value: CacheCall) -> Cache:
         return value.cache
+
+
+def flatten_given(states: tuple[torch.Tensor, torch.Tensor], out: Leaves, path: str, length: str = ENCODED) -> Any:
+    """Spec of a layer that is read only."""
+    for name, tensor in zip(("keys", "values"), states, strict=True):
+        out.add(tensor, f"{path}.given_{name}", ("batch", None, length, None))
+    return ("given",)
 
 
 def _attention(spec: tuple[Any, ...]) -> tuple[Any, ...]:

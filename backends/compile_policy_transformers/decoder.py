@@ -7,15 +7,13 @@ they become one: embeddings, an initialised cache, full position ids, a dense ma
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, EncoderDecoderCache
-from transformers.masking_utils import create_masks_for_generate
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from compile_policy.call_key import Call
 from compile_policy.entry import Entry
@@ -25,7 +23,10 @@ from compile_policy.region import Bound
 from compile_policy_transformers import attention, cache_layers, caches, compat
 from compile_policy_transformers.cache_masks import all_sliding, arranged, each_arranged
 from compile_policy_transformers.cache_pairs import PairCall
+from compile_policy_transformers.cross_states import SeenStates, encoded_states
 from compile_policy_transformers.decoder_labels import DecoderLabels
+from compile_policy_transformers.decoder_masks import DecoderMasks, padding_mask
+from compile_policy_transformers.decoder_rules import rule_of
 from compile_policy_transformers.deepstack import DeepstackFeatures
 from compile_policy_transformers.positions import OwnPositions
 from compile_policy_transformers.repeat import DecodeSteps, Step
@@ -42,13 +43,14 @@ class DecoderBinder:
     def __init__(self, decoder: torch.nn.Module) -> None:
         config: Any = decoder.config
         self.config = config
-        self.mask_config: Any = copy.copy(config)
-        self.mask_config._attn_implementation_internal = attention.DECODER
+        self.rule = rule_of(config)
+        self.masks = DecoderMasks(decoder)
         self.parameters = inspect.signature(decoder.forward).parameters
         self.shapes: dict[torch.dtype, list[cache_layers.LayerShape]] = {}
         self.own_positions = OwnPositions(decoder)
         self.steps = DecodeSteps()
         self.features = DeepstackFeatures(decoder)
+        self.seen = SeenStates(decoder)
 
     def belongs_to(self, model: torch.nn.Module) -> None:
         """Learn what only the whole model knows: how many levels of visual features the decoder is handed."""
@@ -56,7 +58,8 @@ class DecoderBinder:
 
     @contextmanager
     def tracing(self, module: torch.nn.Module) -> Iterator[None]:
-        with compat.output_capturing(module), attention.traced_with(attention.configs_below(module), attention.DECODER):
+        attends = attention.traced_with(attention.configs_below(module), self.masks.implementation)
+        with compat.output_capturing(module), attends:
             yield
 
     def bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
@@ -70,9 +73,12 @@ class DecoderBinder:
         if isinstance(cache, EncoderDecoderCache):
             encoded = values.get("encoder_hidden_states")
             given = None if encoded is None else encoded.shape[1]
-            values["past_key_values"], cache = PairCall(cache, length, given), cache.self_attention_cache
-        elif cache is not None:
-            values["past_key_values"] = caches.CacheCall(cache, length)
+            new = encoded_states(module, cache, values)
+            values["past_key_values"], cache = PairCall(cache, length, given, new), cache.self_attention_cache
+        else:
+            seen = self.seen.complete(module, values, cache)
+            if cache is not None:
+                values["past_key_values"] = caches.CacheCall(cache, length, seen.read, seen.new)
         text = self._text_positions(values.get("position_ids"))
         if "position_ids" in self.parameters:
             own = self.own_positions.make(values, tokens, embeds, cache)
@@ -82,12 +88,8 @@ class DecoderBinder:
         masks = self._masks(values.get("attention_mask"), embeds, cache, text)
         if masks is not None:
             values["attention_mask"] = masks
-        seen = values.get("cross_attention_states")
-        if isinstance(seen, torch.Tensor) and seen.dim() > 2:
-            # one row a picture or a tile: attention views it by the rows of the text
-            values["cross_attention_states"] = seen.reshape(batch, -1, seen.shape[-1])
         fillers = self.features.complete(values, embeds)
-        label = DecoderLabels(batch, length, cache)
+        label = DecoderLabels(batch, length, cache, padding=self.rule.padding_mask)
         ordered = {name: values[name] for name in sorted(values) if values[name] is not None}
         return Bound(ordered, label, fillers, _EXAMPLE_SIZES, boundary=length > 1, frequent=_FREQUENT_SIZES)
 
@@ -95,7 +97,8 @@ class DecoderBinder:
         """Kinds of the arguments; whether there is padding, one token, one row, an empty cache: each has its code."""
         values = self._by_name(args, kwargs)
         tokens = values.get("inputs_embeds") if values.get("input_ids") is None else values["input_ids"]
-        assert tokens is not None
+        if tokens is None:
+            return (form_of(values),), None  # binding says what is missing
         mask = values.get("attention_mask")
         rows = _counting_rows(mask, tokens.shape[1])
         padded = rows is not None or (isinstance(mask, torch.Tensor) and mask.dim() == 2 and not mask.all())
@@ -109,7 +112,7 @@ class DecoderBinder:
     def ran(
         self, module: torch.nn.Module, kwargs: dict[str, Any], call: Call, entry: Entry, here: tuple[Any, ...]
     ) -> None:
-        if not isinstance(call.values.get("past_key_values"), PairCall) and not self.own_positions:
+        if not (isinstance(call.values.get("past_key_values"), PairCall) or self.own_positions or self.seen.layers):
             self.steps.remember(kwargs, call, entry, here, self, module)
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -146,10 +149,13 @@ class DecoderBinder:
         if not isinstance(cache, Cache):
             raise NotCompilable(f"the cache is a {type(cache).__name__}, which is no Transformers Cache")
         values["use_cache"] = use_cache
-        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        if self.rule.wraps_cache and use_cache and isinstance(cache, DynamicCache):
+            cache = EncoderDecoderCache(cache, DynamicCache(config=self.config))
+        own: Cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         if cache_layers.needs_initialisation(own, self.shapes.get(embeds.dtype)):
             cache_layers.initialise(own, self._layer_shapes(module, values, embeds), embeds.shape[0], embeds.device)
-        return cache
+        found: Cache = cache
+        return found
 
     def _layer_shapes(
         self, module: torch.nn.Module, values: Mapping[str, Any], embeds: torch.Tensor
@@ -160,7 +166,7 @@ class DecoderBinder:
             try:
                 self.shapes[embeds.dtype] = self._shapes_after(module, two_tokens)
             except Exception:  # it needs more than embeddings: the caller's call has all that
-                self.shapes[embeds.dtype] = self._shapes_after(module, values)
+                self.shapes[embeds.dtype] = self._shapes_after(module, {**values, "inputs_embeds": embeds.clone()})
         return self.shapes[embeds.dtype]
 
     def _shapes_after(self, module: torch.nn.Module, call: Mapping[str, Any]) -> list[cache_layers.LayerShape]:
@@ -190,7 +196,8 @@ class DecoderBinder:
     def _rope_dims(self) -> int:
         """3 where positions are temporal, height and width (multimodal RoPE), or as many as there are; else 0."""
         rope = getattr(self.config, "rope_parameters", None) or getattr(self.config, "rope_scaling", None) or {}
-        sections = rope.get("mrope_section")
+        kinds = (rope, *(one for one in rope.values() if isinstance(one, Mapping)))  # one a kind of layers, or one
+        sections = next((found for one in kinds if (found := one.get("mrope_section")) is not None), None)
         return 0 if sections is None else 4 if len(sections) == 4 else 3
 
     def _text_positions(self, ids: torch.Tensor | None) -> torch.Tensor | None:
@@ -201,28 +208,21 @@ class DecoderBinder:
 
     def _masks(self, given: Any, embeds: torch.Tensor, cache: Cache | None, text: torch.Tensor | None) -> Any:
         """Dense masks: one tensor, or one per layer type where the model keeps several."""
+        if self.rule.padding_mask:
+            return padding_mask(given, embeds, cache, self.rule.padding_dtype)
         if isinstance(given, torch.Tensor) and given.dim() == 4:
             return arranged(given, cache, sliding=all_sliding(cache))
         if isinstance(given, Mapping):
             if any(mask is None for mask in given.values()):
-                made = self._created(None, embeds, cache, text)
+                made = self.masks.created(None, embeds, cache, text, passed=True)
                 given = {name: made.get(name) if mask is None else mask for name, mask in given.items()}
             return each_arranged(given, cache)
         if given is not None and not (isinstance(given, torch.Tensor) and given.dim() == 2):
             raise NotCompilable(f"an attention mask of type {type(given).__name__} with an unknown layout")
-        made = self._created(given, embeds, cache, text)
+        made = self.masks.created(given, embeds, cache, text)
         if isinstance(made, Mapping):
             return each_arranged(made, cache)
         return arranged(made, cache, sliding=all_sliding(cache))
-
-    def _created(
-        self, mask: torch.Tensor | None, embeds: torch.Tensor, cache: Cache | None, text: torch.Tensor | None
-    ) -> Any:
-        bidirectional = getattr(self.config, "use_bidirectional_attention", False)
-        if embeds.shape[1] > 1 and bidirectional in (True, "all"):
-            # Eager then attends by what each attention module says of itself; a single token has no future to see.
-            raise NotCompilable("its attention is bidirectional, and the model gave no mask for this call")
-        return create_masks_for_generate(self.mask_config, embeds, mask, cache, position_ids=text)
 
 
 def _counting_rows(mask: Any, length: int) -> torch.Tensor | None:

@@ -8,17 +8,16 @@ from transformers.cache_utils import Cache, StaticLayer
 from compile_policy.shapes import Labels
 from compile_policy_transformers import caches
 from compile_policy_transformers.cache_masks import SLIDING, all_sliding
-from compile_policy_transformers.cache_pairs import ENCODED
 from compile_policy_transformers.deepstack import FEATURES
 
 #: Argument and number of its dims -> their labels.
 _NAMED: dict[tuple[str, int], Labels] = {
-    ("encoder_hidden_states", 3): ("batch", ENCODED, None),
-    ("encoder_attention_mask", 2): ("batch", ENCODED),
-    ("encoder_attention_mask", 4): ("batch", None, "sequence", ENCODED),
+    ("encoder_hidden_states", 3): ("batch", caches.ENCODED, None),
+    ("encoder_attention_mask", 2): ("batch", caches.ENCODED),
+    ("encoder_attention_mask", 4): ("batch", None, "sequence", caches.ENCODED),
     # mllama: what the picture gave, and which text may see which tile of it
-    ("cross_attention_states", 3): ("batch", ENCODED, None),
-    ("cross_attention_mask", 4): ("batch", None, "sequence", ENCODED),
+    ("cross_attention_states", 3): ("batch", caches.ENCODED, None),
+    ("cross_attention_mask", 4): ("batch", None, "sequence", caches.ENCODED),
     ("full_text_row_masked_out_mask", 4): ("batch", None, "sequence", None),
 }
 
@@ -26,8 +25,8 @@ _NAMED: dict[tuple[str, int], Labels] = {
 class DecoderLabels:
     """Labels of a decoder's tensor arguments: by name where the name says it, else by size."""
 
-    def __init__(self, batch: int, length: int, cache: Cache | None) -> None:
-        self.batch, self.length = batch, length
+    def __init__(self, batch: int, length: int, cache: Cache | None, *, padding: bool = False) -> None:
+        self.batch, self.length, self.padding = batch, length, padding
         self.cached = cache is not None
         layers = cache.layers if cache is not None else []
         self.static = any(isinstance(layer, StaticLayer) for layer in layers)
@@ -39,6 +38,8 @@ class DecoderLabels:
         if name == "attention_mask" and tensor.dim() == 4:
             heads = None if tensor.shape[1] == 1 else "mask_heads"
             return ("batch", heads, "sequence", self._keys(path))
+        if path == "attention_mask" and self.padding:
+            return ("batch", self._keys(path))
         if name == "position_ids":
             return (*(None,) * (tensor.dim() - 2), "batch", "sequence")
         if (name, tensor.dim()) in _NAMED and "[" not in path:

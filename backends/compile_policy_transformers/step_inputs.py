@@ -103,7 +103,7 @@ def step_inputs(
             return None
         inputs.made.append((place, make))
     if held.grows:
-        inputs.growing.update((i, 3) for i in masks)
+        inputs.growing.update((i, call.leaves[i].dim() - 1) for i in masks)
     return inputs
 
 

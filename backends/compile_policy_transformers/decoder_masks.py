@@ -1,0 +1,86 @@
+"""The mask of a decoder's call, always given and always dense, whatever the caller gave."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
+from transformers.masking_utils import create_masks_for_generate
+
+from compile_policy.errors import NotCompilable
+from compile_policy_transformers import attention
+
+_BIDIRECTIONAL = "use_bidirectional_attention"
+
+
+class DecoderMasks:
+    """Makes the masks of one decoder.
+
+    Attributes:
+        implementation: the attention that the decoder is traced with. One that writes its attention out adds the mask
+            to the scores, so that it has to be additive.
+        create: makes masks from a configuration, ``dense_config`` for dense ones.
+    """
+
+    def __init__(self, decoder: torch.nn.Module) -> None:
+        config: Any = decoder.config
+        self.config = config
+        self.implementation = attention.DECODER if _calls_attention(decoder) else attention.ADDITIVE
+        self.dense_config: Any = copy.copy(config)
+        self.dense_config._attn_implementation_internal = self.implementation
+        self.create: Callable[..., Any] = create_masks_for_generate
+        self._makes_own = _BIDIRECTIONAL in inspect.unwrap(type(decoder).forward).__code__.co_names
+
+    def created(
+        self,
+        mask: torch.Tensor | None,
+        embeds: torch.Tensor,
+        cache: Cache | None,
+        text: torch.Tensor | None,
+        *,
+        passed: bool = False,
+    ) -> Any:
+        """Dense masks, where Transformers would make some or leave them out: one, or one per layer type.
+
+        Args:
+            mask: (batch, keys) padding, or none.
+            embeds: (batch, sequence, hidden size).
+            text: positions by which packed sequences are recognised.
+            passed: the caller had made masks and left these out.
+        """
+        made = self.create(self.dense_config, embeds, mask, cache, position_ids=text)
+        if embeds.shape[1] == 1 or getattr(self.config, _BIDIRECTIONAL, False) not in (True, "all"):
+            return made  # a single token has no future to see
+        if self._makes_own:
+            raise NotCompilable("its attention is bidirectional, and the model gave no mask for this call")
+        # Its attention is causal by the mask alone: where Transformers skips that, every token sees every other.
+        stock = None if passed else self.create(self.config, embeds, mask, cache, position_ids=text)
+        if isinstance(made, Mapping):
+            stock = stock or {}
+            return {name: torch.ones_like(m) if stock.get(name) is None else m for name, m in made.items()}
+        return torch.ones_like(made) if stock is None else made
+
+
+def _calls_attention(decoder: torch.nn.Module) -> bool:
+    """Whether the decoder's layers go through Transformers' attention interface, which takes masks of any kind."""
+    modules = {type(part).__module__ for part in decoder.modules()}
+    return any("ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[name]) for name in modules if name in sys.modules)
+
+
+def padding_mask(given: Any, embeds: torch.Tensor, cache: Cache | None, dtype: torch.dtype) -> torch.Tensor:
+    """(batch, keys): which keys are no padding; slots of a static cache that are still empty count as padding."""
+    if given is not None and not (isinstance(given, torch.Tensor) and given.dim() == 2):
+        raise NotCompilable("it reads the padding mask, and was given a mask of another form")
+    batch, length = embeds.shape[:2]
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    layer: Any = own.layers[0] if own is not None else None
+    static = isinstance(layer, StaticLayer)
+    keys = length if layer is None else layer.max_cache_len if static else layer.get_seq_length() + length
+    if given is None:
+        return torch.ones((batch, keys), dtype=dtype, device=embeds.device)
+    return torch.nn.functional.pad(given, (0, keys - given.shape[1])) if static else given

@@ -1,0 +1,63 @@
+"""What no general rule can tell about how a decoder takes its arguments, one row an architecture.
+
+A row is needed where a decoder reads an argument in a form of its own. It names the cause, so that it can be taken out
+when that is gone; `tests/test_decoder_rules.py` fails for a row that is no longer needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class DecoderRule:
+    """How one architecture's decoder differs.
+
+    Attributes:
+        model_type: of the decoder's own configuration.
+        why: what it does with the argument; ``until``: what would make the row needless.
+        padding_mask: it reads the padding mask itself, so the mask stays (batch, keys).
+        padding_dtype: of the mask that it makes where none is given.
+        wraps_cache: it puts a plain `DynamicCache` into an `EncoderDecoderCache`, and returns that.
+    """
+
+    model_type: str
+    why: str
+    until: str
+    padding_mask: bool = False
+    padding_dtype: torch.dtype = torch.long
+    wraps_cache: bool = False
+
+
+RULES: tuple[DecoderRule, ...] = (
+    DecoderRule(
+        "bloom",
+        "modeling_bloom.py, build_alibi_tensor: the slopes of ALiBi are counted along the padding mask",
+        until="BloomModel takes position ids, or its bias, as an argument",
+        padding_mask=True,
+    ),
+    DecoderRule(
+        "udop",
+        "modeling_udop.py, UdopStack.forward: returns the padding mask beside the hidden states",
+        until="BaseModelOutputWithAttentionMask is gone",
+        padding_mask=True,
+        padding_dtype=torch.float32,
+    ),
+    DecoderRule(
+        "blip_text_model",
+        "modeling_blip_text.py, BlipTextEncoder.forward: a decoder by name, an encoder-decoder by its cache",
+        until="BlipTextModel is handed an EncoderDecoderCache by generate",
+        wraps_cache=True,
+    ),
+)
+
+NO_RULE = DecoderRule("", "", "")
+
+
+def rule_of(config: Any) -> DecoderRule:
+    """The rule of a decoder with this configuration; one that asks for nothing where there is none."""
+    model_type = getattr(config, "model_type", None)
+    return next((rule for rule in RULES if rule.model_type == model_type), NO_RULE)

@@ -1,0 +1,104 @@
+"""Rows that only name an architecture are needed, and states of an encoder or a picture are there before the graph."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import EncoderDecoderCache
+
+import compile_policy as cp
+from compile_policy_transformers import decoder_rules
+from compile_policy_transformers.components import meta_model
+from compile_policy_transformers.cross_states import SeenStates, encoded_states
+from compile_policy_transformers.matrix import _cell, _prompts
+from compile_policy_transformers.tiny import tiny_config, tiny_inputs, tiny_model
+
+#: Rule -> an architecture that runs by it.
+WITH = {"bloom": "bloom", "udop": "udop", "blip_text_model": "blip"}
+
+
+@pytest.mark.parametrize("rule", [r.model_type for r in decoder_rules.RULES])
+def test_rules_are_about_something(rule: str) -> None:
+    decoders = meta_model(tiny_config(WITH[rule])).modules()
+    assert any(getattr(getattr(m, "config", None), "model_type", None) == rule for m in decoders)
+
+
+@pytest.mark.parametrize(
+    "rule", ["bloom", *(pytest.param(r, marks=pytest.mark.slow) for r in ("udop", "blip_text_model"))]
+)
+def test_rules_are_needed(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its row the decoder runs eager, and answers as eager does."""
+    left = tuple(r for r in decoder_rules.RULES if r.model_type != rule)
+    assert len(left) == len(decoder_rules.RULES) - 1
+    monkeypatch.setattr(decoder_rules, "RULES", left)
+    model = tiny_model(WITH[rule])
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        cell = _cell(model, _prompts(model)[:2], "dynamic", "decoder")
+    assert cell.state == "eager" and cell.reason, cell
+
+
+def test_states_of_the_encoder() -> None:
+    """One token is enough for the states of an encoder's output, which are those that the whole call computes."""
+    model = tiny_model("florence2")
+    decoder = model.model.language_model.decoder
+    torch.manual_seed(0)
+    width = decoder.config.d_model
+    values = {"inputs_embeds": torch.randn(2, 4, width), "encoder_hidden_states": torch.randn(2, 5, width)}
+    pair = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    with torch.no_grad():
+        got = encoded_states(decoder, pair, values)
+        assert pair.get_seq_length() == 0 and not pair.is_updated
+        decoder(**values, past_key_values=pair, use_cache=True)
+        assert encoded_states(decoder, pair, values) == {}  # they are there now
+    assert set(got) == {i for i, there in pair.is_updated.items() if there} == {0, 1}
+    for i, layer in enumerate(pair.cross_attention_cache.layers):
+        torch.testing.assert_close(got[i], (layer.keys, layer.values))
+
+
+def test_layers_that_see_nothing() -> None:
+    """A layer that stock code skips, because there is no picture, changes nothing; the cache is left without states."""
+    model = tiny_model("mllama")
+    decoder = model.model.language_model
+    embeds = torch.randn(2, 4, decoder.config.hidden_size)
+    seen, cache = SeenStates(decoder), DynamicCache()
+    assert seen.layers
+    values = {"inputs_embeds": embeds}
+    with torch.no_grad():
+        given = seen.complete(decoder, values, cache).read
+        want = decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        seen.complete(decoder, (alone := {"inputs_embeds": embeds}), None)
+        got = decoder(**{k: v for k, v in alone.items() if v is not None}, use_cache=False).last_hidden_state
+    assert set(given) == seen.layers and all(not keys.any() and keys.shape[0] == 2 for keys, _ in given.values())
+    assert not values["full_text_row_masked_out_mask"].any() and not cache.layers
+    torch.testing.assert_close(got, want)
+
+
+def test_picture_after_text() -> None:
+    """A chat that meets its first picture on a cache that has none yet, and goes on without: that turn runs eager."""
+    model = tiny_model("mllama")
+    first = tiny_inputs(model, text_len=6)
+    second = tiny_inputs(model, text_len=5, images=[(56, 56)], seed=2)
+    third = tiny_inputs(model, text_len=4, seed=3)
+
+    def chat() -> list[torch.Tensor]:
+        cache, out, length = DynamicCache(), [], 0
+        for turn in (first, second, third):
+            length += turn["input_ids"].shape[1]
+            turn = {**turn, "attention_mask": torch.ones(1, length, dtype=torch.long)}
+            out.append(model(**turn, past_key_values=cache, use_cache=True).logits)
+        return out
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = chat()
+        cp.apply(model, cp.CompilationConfig(backend="eager"))
+        torch.testing.assert_close(chat(), want, atol=1e-4, rtol=1e-4)
+    row = next(c for c in cp.report(model).components if c.role == "decoder")
+    # the last turn gives no mask of the picture: stock attention takes that for a causal one
+    assert (
+        (row.graphs, row.eager_calls) == (1, 1) and row.fallback is not None and "cross_attention_mask" in row.fallback
+    )
