@@ -13,7 +13,7 @@ import compile_policy as cp
 from compile_policy_transformers import decoder_rules
 from compile_policy_transformers.components import meta_model
 from compile_policy_transformers.cross_states import SeenStates, encoded_states
-from compile_policy_transformers.matrix import _cell, _prompts
+from compile_policy_transformers.matrix import _cells, _prompts
 from compile_policy_transformers.tiny import tiny_config, tiny_inputs, tiny_model
 
 #: Rule -> an architecture that runs by it.
@@ -37,7 +37,7 @@ def test_rules_are_needed(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(WITH[rule])
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        cell = _cell(model, _prompts(model)[:2], "dynamic", "decoder")
+        cell = _cells(model, _prompts(model)[:2], "dynamic", {"decoder": ("decoder",)})["decoder"]
     assert cell.state == "eager" and cell.reason, cell
 
 

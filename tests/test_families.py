@@ -7,9 +7,10 @@ import warnings
 import pytest
 import torch
 
-from compile_policy_transformers.matrix import KINDS, TOLERANCE, _cell, _prompts
+from compile_policy_transformers.matrix import KINDS, TOLERANCE, _cells, _prompts
 from compile_policy_transformers.tiny import tiny_model
 
+DECODER = {"decoder": ("decoder",)}
 #: Architecture, kind of cache, most graphs: a single token has code of its own in linear attention and indexers, and so
 #: has a padded batch of several.
 FAST = [
@@ -39,7 +40,7 @@ def _measured(model_type: str, kind: str, most: int) -> None:
     model = tiny_model(model_type)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        cell = _cell(model, _prompts(model), kind, "decoder")
+        cell = _cells(model, _prompts(model), kind, DECODER)["decoder"]
     assert cell.calls > 0 and cell.eager_calls == 0, cell
     assert cell.graphs <= most and cell.error <= TOLERANCE, cell
 
