@@ -62,6 +62,7 @@ def dense_attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention under a given mask.
@@ -71,6 +72,7 @@ def dense_attention(
         attention_mask: boolean or additive, broadcastable to (batch, heads, queries, keys), or ``None`` for
             attention without restrictions. A causal module always gets a mask from the policy.
         s_aux: (heads,) attention sinks, logits that take part in the softmax and are dropped after it.
+        sinks: the same as (batch, heads, queries, 1), a sink for each query.
 
     Returns:
         (batch, queries, heads, head dim) and ``None`` for the weights.
@@ -81,7 +83,9 @@ def dense_attention(
     groups = query.shape[1] // key.shape[1]
     if getattr(module, "num_key_value_groups", groups) != groups:
         raise ValueError(f"{query.shape[1]} heads of queries do not fit {key.shape[1]} of keys and values")
-    explicit = softcap is not None or s_aux is not None
+    if s_aux is not None:
+        sinks = s_aux.reshape(1, -1, 1, 1).expand(query.shape[0], -1, query.shape[2], 1)
+    explicit = softcap is not None or sinks is not None
     # The CPU kernel reads grouped heads in place, under a mask too; elsewhere a mask would mean the slow fallback.
     in_place = groups > 1 and query.device.type == "cpu" and not explicit
     if groups > 1 and not in_place:
@@ -89,7 +93,7 @@ def dense_attention(
     if position_bias is not None:
         attention_mask = _with_bias(attention_mask, position_bias, query.dtype)
     if explicit:
-        out = _explicit(query, key, value, attention_mask, scaling, softcap, s_aux)
+        out = _explicit(query, key, value, attention_mask, scaling, softcap, sinks)
     else:
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=in_place
@@ -123,8 +127,7 @@ def _explicit(
     if sinks is None:
         weights = F.softmax(scores, dim=-1, dtype=torch.float32)
     else:
-        extra = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
-        weights = F.softmax(torch.cat([scores, extra], dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
+        weights = F.softmax(torch.cat([scores, sinks], dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
     return weights.to(value.dtype) @ value
 
 

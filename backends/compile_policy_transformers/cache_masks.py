@@ -2,13 +2,61 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, StaticSlidingWindowLayer
 
+from compile_policy_transformers import attention
+
 SLIDING = ("sliding_attention", "chunked_attention")
+
+
+#: Kinds of layers that read the padding of the call's own tokens, and nothing of what is held.
+RECURRENT = ("linear_attention", "conv")
+
+
+#: Kinds of blocks that have several masks, or none, as the kinds of layers whose masks they are.
+_MASKS_OF = {
+    "hybrid": ("full_attention", "linear_attention"),
+    "hybrid_sliding": ("sliding_attention", "linear_attention"),
+    "moe": (),
+    "mlp": (),
+}
+
+
+def mask_config(config: Any) -> Any:
+    """A decoder's configuration as ``create_masks_for_generate`` is to see it.
+
+    Its table gives the sliding layers of a hybrid a causal mask without a window, where the models' own forward makes
+    a sliding one, and it makes no masks at all for a model with blocks that want none. Drop this once
+    ``LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING`` has a sliding mask for ``hybrid_sliding`` and passes over the others.
+    """
+    made = copy.copy(config)
+    made._attn_implementation_internal = attention.DECODER
+    kinds = getattr(config, "layer_types", None) or ()
+    if any(kind in _MASKS_OF for kind in kinds):
+        made.layer_types = [name for kind in kinds for name in _MASKS_OF.get(kind, (kind,))]
+    return made
+
+
+def each_padded(masks: Mapping[str, Any], embeds: torch.Tensor) -> dict[str, Any]:
+    """Masks of recurrent layers made dense: (batch, length), true for tokens that are no padding.
+
+    Transformers leaves such a mask out where it hides nothing, so that calls with and without one would differ.
+
+    Args:
+        embeds: (batch, length, width).
+    """
+    return {name: _padded(mask, embeds) if name in RECURRENT else mask for name, mask in masks.items()}
+
+
+def _padded(mask: Any, embeds: torch.Tensor) -> Any:
+    if mask is None:
+        return torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    return mask.to(torch.bool) if isinstance(mask, torch.Tensor) and mask.shape == embeds.shape[:2] else mask
 
 
 def each_arranged(masks: Mapping[str, Any], cache: Cache | None) -> dict[str, Any]:

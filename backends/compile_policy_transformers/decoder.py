@@ -21,7 +21,7 @@ from compile_policy.errors import NotCompilable
 from compile_policy.proof import form_of
 from compile_policy.region import Bound
 from compile_policy_transformers import attention, cache_layers, caches, compat
-from compile_policy_transformers.cache_masks import all_sliding, arranged, each_arranged
+from compile_policy_transformers.cache_masks import all_sliding, arranged, each_arranged, each_padded, mask_config
 from compile_policy_transformers.cache_pairs import PairCall
 from compile_policy_transformers.cross_states import SeenStates, encoded_states
 from compile_policy_transformers.decoder_labels import DecoderLabels
@@ -29,6 +29,7 @@ from compile_policy_transformers.decoder_masks import DecoderMasks, padding_mask
 from compile_policy_transformers.decoder_rules import rule_of
 from compile_policy_transformers.deepstack import DeepstackFeatures
 from compile_policy_transformers.positions import OwnPositions
+from compile_policy_transformers.recurrent_mixers import RecurrentDecoder
 from compile_policy_transformers.repeat import DecodeSteps, Step
 
 #: Visual tokens are some of the example's 2 x 3 positions.
@@ -51,6 +52,10 @@ class DecoderBinder:
         self.steps = DecodeSteps()
         self.features = DeepstackFeatures(decoder)
         self.seen = SeenStates(decoder)
+        self.recurrent = RecurrentDecoder(decoder)
+        self.masks.dense_config = mask_config(config)
+        self.masks.dense_config._attn_implementation_internal = self.masks.implementation
+        self.masks.create = self.recurrent.make_masks
 
     def belongs_to(self, model: torch.nn.Module) -> None:
         """Learn what only the whole model knows: how many levels of visual features the decoder is handed."""
@@ -59,7 +64,7 @@ class DecoderBinder:
     @contextmanager
     def tracing(self, module: torch.nn.Module) -> Iterator[None]:
         attends = attention.traced_with(attention.configs_below(module), self.masks.implementation)
-        with compat.output_capturing(module), attends:
+        with compat.output_capturing(module), attends, self.recurrent.tracing():
             yield
 
     def bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
@@ -90,6 +95,7 @@ class DecoderBinder:
             values["attention_mask"] = masks
         fillers = self.features.complete(values, embeds)
         label = DecoderLabels(batch, length, cache, padding=self.rule.padding_mask)
+        self.recurrent.name_cache(values)
         ordered = {name: values[name] for name in sorted(values) if values[name] is not None}
         return Bound(ordered, label, fillers, _EXAMPLE_SIZES, boundary=length > 1, frequent=_FREQUENT_SIZES)
 
@@ -116,10 +122,10 @@ class DecoderBinder:
             self.steps.remember(kwargs, call, entry, here, self, module)
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        if not args:
-            return dict(kwargs)
-        names = list(self.parameters)
-        return {**dict(zip(names, args, strict=False)), **kwargs}
+        values = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        if self.recurrent.cache_name in values:
+            values["past_key_values"] = values.pop(self.recurrent.cache_name)
+        return values
 
     @staticmethod
     def _embeds(module: torch.nn.Module, values: dict[str, Any]) -> torch.Tensor:
@@ -171,8 +177,10 @@ class DecoderBinder:
 
     def _shapes_after(self, module: torch.nn.Module, call: Mapping[str, Any]) -> list[cache_layers.LayerShape]:
         cache = cache_layers.fresh_cache(self.config, call.get("encoder_hidden_states") is not None)
+        values = {**call, "past_key_values": cache, "use_cache": True}
+        self.recurrent.name_cache(values)
         with torch.no_grad():
-            module.forward(**{**call, "past_key_values": cache, "use_cache": True})
+            module.forward(**values)
         own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         return cache_layers.layer_shapes(own)
 
@@ -216,12 +224,13 @@ class DecoderBinder:
             if any(mask is None for mask in given.values()):
                 made = self.masks.created(None, embeds, cache, text, passed=True)
                 given = {name: made.get(name) if mask is None else mask for name, mask in given.items()}
-            return each_arranged(given, cache)
+            return each_arranged(each_padded(given, embeds), cache)
         if given is not None and not (isinstance(given, torch.Tensor) and given.dim() == 2):
             raise NotCompilable(f"an attention mask of type {type(given).__name__} with an unknown layout")
         made = self.masks.created(given, embeds, cache, text)
         if isinstance(made, Mapping):
-            return each_arranged(made, cache)
+            made = each_padded(made, embeds)
+            return self.recurrent.mask(made) if self.recurrent.alone else each_arranged(made, cache)
         return arranged(made, cache, sliding=all_sliding(cache))
 
 
