@@ -13,7 +13,8 @@ from rich.console import Console
 from compile_policy.cli import main
 from compile_policy.cli.matrix import versions
 from compile_policy.cli.matrix_page import lines_about, page, reasons, row_lines, table, totals
-from compile_policy_transformers.matrix import TOLERANCE, matrix_types, measure
+from compile_policy_transformers.matrix import TOLERANCE, _prompts, matrix_types, measure
+from compile_policy_transformers.tiny import tiny_model
 
 VERSIONS = {"torch": "2.13.0", "transformers": "5.23.0"}
 
@@ -41,6 +42,12 @@ def test_what_does_not_hold_has_its_reason() -> None:
     cell = row["decoder"]["dynamic"]
     assert (cell["state"], cell["eager_calls"] > 0) == ("eager", True)
     assert cell["reason"] and any("dynamic" in reason for reason in reasons(row))
+
+
+def test_a_model_that_needs_a_picture_has_requests() -> None:
+    """It says so before it says that it takes no sound."""
+    prompts = _prompts(tiny_model("kosmos-2"))
+    assert prompts and all("pixel_values" in prompt for prompt in prompts)
 
 
 def test_all_multimodal_types_and_some_text() -> None:
