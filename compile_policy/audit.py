@@ -28,6 +28,8 @@ from compile_policy.cover import Node, Uncovered, both, is_own
 from compile_policy.cover import register_lookup_table as register_lookup_table
 from compile_policy.errors import NotCompilable
 from compile_policy.places import Places
+from compile_policy.repeats import Repeats
+from compile_policy.representative import Represented
 from compile_policy.watched import Watched
 
 #: Guards on the process: what stands for them in the key.
@@ -92,7 +94,11 @@ class Account:
 
 
 def account_for(
-    entries: Sequence[Any], fn: types.FunctionType, leaves: Sequence[torch.Tensor], module: torch.nn.Module | None
+    entries: Sequence[Any],
+    fn: types.FunctionType,
+    leaves: Sequence[torch.Tensor],
+    module: torch.nn.Module | None,
+    repeats: Repeats | None = None,
 ) -> Account:
     """Classify the guards of a capture, while what was traced is still in place.
 
@@ -101,13 +107,20 @@ def account_for(
         fn: the function that was traced; its closure holds the component's ``forward``.
         leaves: its arguments.
         module: the component; ``None`` where no fingerprint stands behind the entry, so that all is watched.
+        repeats: which layers were traced for others; guards of these are asked again of those.
+
+    Raises:
+        NotRepeated: a guard does not hold for a layer that the guarded one stands for.
     """
     audit = _Audit(Places(fn, leaves, module))
+    represented = Represented(repeats, module, audit.places) if repeats is not None and module is not None else None
     records: list[GuardRecord] = []
     watched: dict[tuple[Any, ...], Watched] = {}
     refusal = ""
-    for entry in entries:
-        facts = guard_facts(entry)
+    all_facts = [guard_facts(entry) for entry in entries]
+    if represented is not None:
+        all_facts += [again for facts in all_facts for again in represented.again(facts)]
+    for facts in all_facts:
         try:
             node = audit.guard(facts)
         except Exception as error:

@@ -24,7 +24,9 @@ from compile_policy.compat import graph_argument, leaf_dim_of_source, traced_cod
 from compile_policy.compiled import AheadFault, Argument, CompiledGraph
 from compile_policy.lowering import Lowering
 from compile_policy.predicate import conditions_of
+from compile_policy.repeats import NotRepeated, Remake, Repeats, repeats
 from compile_policy.shapes import UNBACKED
+from compile_policy.stitch import Stitching
 from compile_policy.watch import suspended
 from compile_policy.watched import hidden_builtins
 
@@ -38,10 +40,12 @@ def compile_call(
     lowering: Lowering,
     on_capture: Callable[[], None] = lambda: None,
     module: torch.nn.Module | None = None,
+    remake: Remake | None = None,
 ) -> CompiledGraph:
     """Capture ``fn(*leaves)`` as one graph and lower it.
 
-    A graph that was to be lowered ahead of time and cannot be is captured once more for the JIT.
+    Of layers that do the same, one is traced for the others where ``remake`` allows it (`repeats`). A graph that was to
+    be lowered ahead of time and cannot be is captured once more for the JIT.
 
     Args:
         fn: a pure function of the leaves (besides bound parameters), returning a flat tuple of tensors.
@@ -49,17 +53,31 @@ def compile_call(
         labels: per leaf and dim, the label, or ``None`` for a static dim.
         on_capture: called before each capture, to count it.
         module: the component that ``fn`` runs, which the fingerprint walks; without it more is watched.
+        remake: makes ``fn`` for a stand-in of ``module``.
 
     Raises:
         NotCompilable: the graph depends on something that nothing covers.
         Exception: whatever capture or lowering raises; the caller decides what it means.
     """
+    depth = ""
     try:
-        return _compile_once(fn, leaves, labels, lowering, on_capture, module)
+        if module is not None and remake is not None and lowering.takes_any_graph() and not _wants_gradients(module):
+            try:
+                found = repeats(module, remake, leaves, [tuple(names) for names in labels])
+                if found is not None:
+                    return _compile_once(fn, leaves, labels, lowering, on_capture, module, (remake, found))
+            except NotRepeated as reason:
+                depth = f"all layers were traced: {reason}"
+        graph = _compile_once(fn, leaves, labels, lowering, on_capture, module)
     except AheadFault as fault:
         graph = _compile_once(fn, leaves, labels, lowering.jit(), on_capture, module)
         graph.why_jit = fault.reason
-        return graph
+    graph.depth = depth
+    return graph
+
+
+def _wants_gradients(module: torch.nn.Module) -> bool:
+    return torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
 
 
 def _compile_once(
@@ -69,10 +87,16 @@ def _compile_once(
     lowering: Lowering,
     on_capture: Callable[[], None],
     module: torch.nn.Module | None,
+    shorter: tuple[Remake, Repeats] | None = None,
 ) -> CompiledGraph:
     on_capture()
-    traced = _with_own_code(fn)
-    catcher = _Catcher(traced, leaves, lowering, module)
+    catcher = _Catcher(_with_own_code(fn), leaves, lowering, module)
+    traced = catcher.traced
+    if shorter is not None:
+        assert module is not None
+        remake, catcher.repeats = shorter
+        catcher.short = catcher.repeats.short(module)
+        traced = _with_own_code(remake(catcher.short))
     for leaf, names in zip(leaves, labels, strict=True):
         for dim, label in enumerate(names):
             if label is None:
@@ -129,13 +153,20 @@ class _Catcher:
         self.leaves = leaves
         self.lowering = lowering
         self.module = module
+        self.repeats: Repeats | None = None
+        self.short: torch.nn.Module | None = None  # what is traced instead of the module
+        self.problem: Exception | None = None
         self.account = Account((), ())
+        self.captured: torch.fx.GraphModule | None = None
         self.graph: CompiledGraph | None = None
         self.deferred: torch.fx.GraphModule | None = None
         self.outputs: Sequence[Any] = ()
 
     def drop_guards(self, entries: Sequence[Any]) -> list[bool]:
-        self.account = account_for(entries, self.traced, self.leaves, self.module)
+        try:
+            self.account = account_for(entries, self.traced, self.leaves, self.module, self.repeats)
+        except NotRepeated as reason:  # told when Dynamo is through
+            self.problem = reason
         return [False] * len(entries)
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -144,17 +175,15 @@ class _Catcher:
         env = tracing_shape_env()
         metadata = [n.meta["example_value"] for n in gm.graph.nodes if n.op == "placeholder"]
         shapes = {a.leaf: m.shape for a, m in zip(arguments, metadata, strict=True) if a.kind == "leaf"}
+        for others in () if self.repeats is None else self.repeats.others:
+            alike = {b[1]: shapes[a[1]] for a, b in others.items() if a[0] == b[0] == "leaf" and a[1] in shapes}
+            shapes = {**alike, **shapes}
         accepts = conditions_of(env, self.leaves, shapes)
-        readable = gm.print_readable(print_output=False)
-        sources = [_source_record(n) for n in gm.graph.nodes if n.op.startswith("call")]
-        if self.lowering.ahead(gm):
-            self.deferred = gm
-            code: Callable[..., Any] = gm.forward
-        else:
-            code = self.lowering(gm, example_inputs)
-        self.graph = CompiledGraph(
-            code, arguments, [], accepts, readable=readable, sources=sources, traced=traced_code()
-        )
+        self.captured = gm
+        ahead = self.lowering.ahead(gm)
+        code: Callable[..., Any] = gm.forward if ahead or self.repeats else self.lowering(gm, example_inputs)
+        self.deferred = gm if ahead else None
+        self.graph = CompiledGraph(code, arguments, [], accepts, traced=traced_code())
 
         def run_and_note(*inputs: Any) -> Any:
             self.outputs = code(*inputs)
@@ -175,11 +204,29 @@ class _Catcher:
 
     def finish(self, results: Sequence[torch.Tensor]) -> CompiledGraph:
         assert self.graph is not None, "capture ended without a graph"
+        assert self.captured is not None
+        if self.problem is not None:
+            raise self.problem
         self.account.check()
         self.graph.guards = list(self.account.records)
         self.graph.watched = (*self.account.watched, *hidden_builtins(self.graph.traced))
         self.graph.outputs = [self._output(r) for r in results]
+        gm = self.captured if self.repeats is None else self._stitched(self.captured, self.repeats)
+        self.graph.readable = gm.print_readable(print_output=False)
+        self.graph.sources = [_source_record(n) for n in gm.graph.nodes if n.op.startswith("call")]
         return self.graph
+
+    def _stitched(self, gm: torch.fx.GraphModule, repeats: Repeats) -> torch.fx.GraphModule:
+        """The graph of all layers in place of that of the traced ones."""
+        assert self.graph is not None and self.short is not None
+        if self.deferred is None and self.lowering.jit() is not self.lowering:
+            raise NotRepeated("the graph has to be lowered inside its capture")
+        layers = list(self.short.get_submodule(repeats.path).children())
+        whole = Stitching(gm, self.graph.arguments, self.graph.outputs, repeats, layers).run()
+        self.graph.arguments, self.graph.outputs = whole.arguments, whole.outputs
+        self.graph.code, self.graph.depth = whole.graph.forward, str(repeats)
+        self.deferred = None if self.deferred is None else whole.graph
+        return whole.graph
 
     def _output(self, result: torch.Tensor) -> tuple[str, int]:
         """Graph output or leaf that ``result`` is: an alias of neither would be computed outside the graph."""

@@ -52,6 +52,7 @@ class CompiledGraph:
         readable: the captured graph as Python text with source comments.
         sources: per operation of the captured graph its module, name, target, shape and where the model wrote it.
         traced: the code that capture ran through; empty for a graph that was loaded.
+        depth: which layers were traced for others, or why none was; empty where there is no list of layers.
         why_jit: why a graph was not lowered ahead of time although that was tried; empty otherwise.
         program: the native packages, when lowered ahead of time; takes ``bound`` and then the leaves in ``order``.
         blocks: how the graph was divided into packages; ``None`` on the other road.
@@ -66,6 +67,7 @@ class CompiledGraph:
     readable: str = ""
     sources: list[dict[str, Any]] = field(default_factory=list)
     traced: list[types.CodeType] = field(default_factory=list)
+    depth: str = ""
     why_jit: str = ""
     program: Program | None = None
     blocks: BlockSummary | None = None

@@ -188,6 +188,7 @@ class Entries:
         self._add(call, entry)
         said = {"seconds": entry.seconds, "entry": entry.number, "road": entry.graph.road}
         said |= {"blocks": blocks} if (blocks := self.blocks()) else {}
+        said |= {"depth": entry.graph.depth} if entry.graph.depth else {}
         emit("compile_end", self.name, f"compiled in {entry.seconds:.1f} s", **said)
         if self.options.dump is not None:
             self.options.dump(self, entry)

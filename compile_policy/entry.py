@@ -112,7 +112,7 @@ def build_entry(
         for tensor in compat.loose_tensors(module):  # bound like parameters; their sizes are no sizes of the call
             compat.mark_static(tensor)
         lowering = lowering.for_sizes(call.frequent) if call.frequent else lowering
-        graph = compile_call(reference.traceable(), example, labels, lowering, on_capture, module)
+        graph = compile_call(reference.traceable(), example, labels, lowering, on_capture, module, reference.traceable)
         output = OutputSpec(reference.tree, reference.leaves)
         written = reference.written - call.mutable
         entry = Entry(call.description(), graph, output, reference.state_sizes, written)

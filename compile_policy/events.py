@@ -69,6 +69,9 @@ KINDS: dict[str, Kind] = {
             "seconds": Field("number", "capture, lowering and comparison with eager"),
             "entry": Field("integer", "number of the entry in its component, from 0", always=False),
             "road": Field("string", "`ahead` of time or `jit`", always=False),
+            "depth": Field(
+                "string", "which layers were traced for others, or why all of them were traced", always=False
+            ),
             "blocks": Field(
                 "string", "how many blocks are the same code, such as `2 distinct blocks of 48`", always=False
             ),

@@ -165,6 +165,7 @@ def _entry(region: Region, entry: Entry, before: Sequence[Entry]) -> EntryExplai
         because=region.difference(before[0], call) if before and before[0].call.key != call.key else "",
         road=graph.road,
         why_jit=graph.why_jit,
+        depth=graph.depth,
         seconds=round(entry.seconds, 3),
         calls=entry.calls,
         ops=len(graph.sources),

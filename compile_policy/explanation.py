@@ -42,6 +42,7 @@ class EntryExplained:
     Attributes:
         because: what differs from the graph before; empty for the first.
         road: ``ahead`` of time or ``jit``; ``why_jit`` says why not ahead although that was tried.
+        depth: which layers were traced for others, or why none was.
         key: arguments, fixed sizes and modes that a call must share.
         conditions: what it assumes about sizes beyond that, in words.
         guards: what covers Dynamo's guards -> how many; ``unclassified`` where nobody has said.
@@ -51,6 +52,7 @@ class EntryExplained:
     because: str
     road: str
     why_jit: str
+    depth: str
     seconds: float
     calls: int
     ops: int

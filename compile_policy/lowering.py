@@ -33,6 +33,10 @@ class Lowering(Protocol):
 
     def ahead(self, gm: torch.fx.GraphModule) -> bool: ...
 
+    def takes_any_graph(self) -> bool:
+        """Whether a graph without gradients need not be lowered inside its capture, so that it may be put together
+        from parts."""
+
     def program(self, gm: torch.fx.GraphModule, sizes: Sizes = ()) -> tuple[Program, BlockSummary]:
         """Native packages for a graph that goes ahead of time; its inputs are all tensors by now.
 
@@ -63,6 +67,9 @@ class InductorJit:
     def ahead(self, gm: torch.fx.GraphModule) -> bool:
         return False
 
+    def takes_any_graph(self) -> bool:
+        return self.backend == "eager"
+
     def program(self, gm: torch.fx.GraphModule, sizes: Sizes = ()) -> tuple[Program, BlockSummary]:
         raise AssertionError("a graph for the JIT is lowered inside its capture")
 
@@ -83,6 +90,9 @@ class AheadOfTime(InductorJit):
 
     def ahead(self, gm: torch.fx.GraphModule) -> bool:
         return can_lower_ahead(gm)
+
+    def takes_any_graph(self) -> bool:
+        return not torch.is_autocast_enabled("cpu")
 
     def program(self, gm: torch.fx.GraphModule, sizes: Sizes = ()) -> tuple[Program, BlockSummary]:
         return lower_ahead(gm, sizes, flat=self.autotune, make=partial(make_package, autotune=self.autotune))

@@ -112,10 +112,10 @@ class Reference:
         with ChangesWeights(self.module):
             return values, self.module.forward(**values)
 
-    def traceable(self) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """The same run as a function of tensors that returns a flat tuple of tensors."""
+    def traceable(self, module: torch.nn.Module | None = None) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """The same run as a function of tensors that returns a flat tuple of tensors; of a stand-in ``module``."""
         spec, paths, flags = self.call.spec, self.paths, self.flags
-        forward = self.module.forward
+        forward = (module or self.module).forward
 
         def component(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
             it = iter(leaves)

@@ -127,6 +127,9 @@ class Wrong:
     def ahead(self, gm: torch.fx.GraphModule) -> bool:
         return False
 
+    def takes_any_graph(self) -> bool:
+        return False
+
     def jit(self) -> Wrong:
         return self
 

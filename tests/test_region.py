@@ -82,6 +82,9 @@ class Failing:
     def ahead(self, gm: torch.fx.GraphModule) -> bool:
         return False
 
+    def takes_any_graph(self) -> bool:
+        return False
+
     def jit(self) -> Failing:
         return self
 

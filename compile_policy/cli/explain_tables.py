@@ -128,6 +128,8 @@ def _print_entry(console: Console, entry: EntryExplained) -> None:
         _line(console, f"because {entry.because}", 4)
     if entry.why_jit:
         _line(console, f"jit because {entry.why_jit}", 4)
+    if entry.depth:
+        _line(console, entry.depth, 4)
     if entry.guards:
         covered = ", ".join(f"{kind} {count}" for kind, count in entry.guards.items())
         _line(console, f"{_count(sum(entry.guards.values()), 'guard')} of Dynamo covered by: {covered}", 4)

@@ -60,6 +60,7 @@ def to_files(entry: Entry, module: torch.nn.Module) -> dict[str, bytes]:
     readable = {
         "readable": graph.readable,
         "sources": graph.sources,
+        "depth": graph.depth,
         "guards": [asdict(guard) for guard in graph.guards],
         "blocks": None if graph.blocks is None else asdict(graph.blocks),
     }
@@ -93,6 +94,7 @@ def from_files(files: Mapping[str, bytes], module: torch.nn.Module, call: Call) 
         guards=[GuardRecord(**guard) for guard in readable["guards"]],
         readable=readable["readable"],
         sources=readable["sources"],
+        depth=readable["depth"],
         blocks=None if readable["blocks"] is None else BlockSummary(**readable["blocks"]),
         program=Program.from_dict(document["program"], packages),
         bound=bound,

@@ -1,0 +1,60 @@
+"""Stand-ins for a component that share all of its parts but one list of layers.
+
+A stand-in is a shallow copy along the way to the list: parameters, sub-modules and attributes are the component's own.
+So a component can be run and traced with fewer layers while other threads use it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+M = TypeVar("M", bound=torch.nn.Module)
+_FEWEST = 4  # layers that a list needs to be worth the trouble
+
+
+def layer_list(module: torch.nn.Module) -> str | None:
+    """Path of the longest list of layers that stands in no other list; ``None`` if there is none worth shortening."""
+    found: dict[str, int] = {}
+    for path, part in module.named_modules():
+        inside = any(path.startswith(f"{other}.") for other in found)
+        if isinstance(part, torch.nn.ModuleList) and not inside and len(set(part)) == len(part) >= _FEWEST:
+            found[path] = len(part)
+    return max(found, key=lambda path: found[path], default=None)
+
+
+def with_layers(module: torch.nn.Module, path: str, layers: Sequence[torch.nn.Module]) -> torch.nn.Module:
+    """A stand-in for ``module`` whose list at ``path`` holds these layers."""
+    root = at = _copied(module)
+    for name in path.split("."):
+        below = _copied(at.get_submodule(name))
+        at._modules[name] = below
+        at = below
+    at._modules.clear()
+    at._modules.update({str(i): layer for i, layer in enumerate(layers)})
+    return root
+
+
+def announced(layer: M, before: Callable[[], None], after: Callable[[], None]) -> M:
+    """A stand-in for ``layer`` that tells when its forward starts and ends."""
+    copy = _copied(layer)
+    forward = copy.forward
+
+    def announced_forward(*args: Any, **kwargs: Any) -> Any:
+        before()
+        result = forward(*args, **kwargs)
+        after()
+        return result
+
+    copy.__dict__["forward"] = announced_forward
+    return copy
+
+
+def _copied(module: M) -> M:
+    copy: M = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    copy.__dict__["_modules"] = dict(module._modules)
+    copy.__dict__.pop("_compiled_call_impl", None)
+    return copy
