@@ -1,11 +1,12 @@
 """What a cold start costs by depth: CPU seconds of the first answers, compilers included.
 
-    python benchmarks/start.py [--layers 8 16 32] [--hidden 256] [--tokens 8] [--only NAME ...] [--write]
+    python benchmarks/start.py [--layers 8 16 32] [--hidden 256] [--tokens 8] [--only NAME ...] [--limit 120] [--write]
 
 Every contender compiles one random Llama in a process of its own, with empty compile caches and one thread, and then
 answers three prompts of different lengths. Counted is the processor time of that process and of every compiler that it
 started, less what the same answers cost eager; importing torch and building the model are not counted. The last column
-is the cost of the deepest model as a multiple of the cost of the shallowest.
+is the cost of the deepest model as a multiple of the cost of the shallowest. A start that takes longer than the limit
+(wall-clock seconds) is ended, and its cell says so; without the limit, the slowest takes a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,6 +41,7 @@ def _nothing(model: PreTrainedModel) -> None:
 
 
 CONTENDERS: dict[str, tuple[Callable[[PreTrainedModel], None], str]] = {
+    "compile-policy -O1": (_policy(1), "dynamic"),
     "compile-policy -O2": (_policy(2), "dynamic"),
     "compile-policy -O3": (_policy(3), "dynamic"),
     "decoder.compile(dynamic=True)": (lambda m: m.model.compile(dynamic=True), "dynamic"),
@@ -79,8 +82,8 @@ def one(name: str, layers: int, hidden: int, tokens: int) -> dict[str, float | b
     return {"first": first, "every": every, "equal": same}
 
 
-def started_cold(name: str, layers: int, hidden: int, tokens: int) -> dict[str, float]:
-    """Start one contender in a process of its own."""
+def started_cold(name: str, layers: int, hidden: int, tokens: int, limit: float) -> dict[str, float] | None:
+    """Start one contender in a process of its own; ``None`` where it takes too long."""
     with tempfile.TemporaryDirectory() as empty:
         environ = {
             **os.environ,
@@ -90,24 +93,36 @@ def started_cold(name: str, layers: int, hidden: int, tokens: int) -> dict[str, 
         }
         environ["XDG_CACHE_HOME"] = f"{empty}/cache"
         command = [sys.executable, __file__, "--one", name, "--hidden", str(hidden), "--tokens", str(tokens)]
-        ran = subprocess.run([*command, "--layers", str(layers)], env=environ, capture_output=True, text=True)
-        if ran.returncode != 0:
-            raise RuntimeError(f"{name} at {layers} layers failed:\n{ran.stderr[-2000:]}")
-        answer: dict[str, float] = json.loads(ran.stdout.strip().splitlines()[-1])
+        with subprocess.Popen(
+            [*command, "--layers", str(layers)],
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            try:
+                said, errors = process.communicate(timeout=limit)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # its compilers too
+                return None
+        if process.returncode != 0:
+            raise RuntimeError(f"{name} at {layers} layers failed:\n{errors[-2000:]}")
+        answer: dict[str, float] = json.loads(said.strip().splitlines()[-1])
         return answer
 
 
-def table(names: list[str], depths: list[int], hidden: int, tokens: int) -> list[str]:
+def table(names: list[str], depths: list[int], hidden: int, tokens: int, limit: float) -> list[str]:
     heads = " | ".join(f"{n} layers: first / all" for n in depths)
     lines = [f"| CPU seconds | {heads} | {depths[-1]} over {depths[0]} layers | tokens equal |"]
     lines.append("|---" * (len(depths) + 3) + "|")
     print(*lines, sep="\n", flush=True)
     for name in names:
-        found = [started_cold(name, n, hidden, tokens) for n in depths]
-        cells = " | ".join(f"{f['first']:.1f} / {f['every']:.1f}" for f in found)
-        ratio = found[-1]["every"] / found[0]["every"]
-        equal = "yes" if all(f["equal"] for f in found) else "NO"
-        lines.append(f"| {name} | {cells} | {ratio:.2f} | {equal} |")
+        found = [started_cold(name, n, hidden, tokens, limit) for n in depths]
+        cells = " | ".join(f"{f['first']:.1f} / {f['every']:.1f}" if f else f"> {limit:.0f} s" for f in found)
+        ratio = f"{found[-1]['every'] / found[0]['every']:.2f}" if found[0] and found[-1] else "-"
+        equal = "yes" if all(f["equal"] for f in found if f) else "NO"
+        lines.append(f"| {name} | {cells} | {ratio} | {equal} |")
         print(lines[-1], flush=True)
     return lines
 
@@ -118,6 +133,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds that one start may take")
     parser.add_argument("--one", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("--write", action="store_true", help="replace the section in benchmarks/RESULTS.md")
     options = parser.parse_args()
@@ -125,7 +141,7 @@ def main() -> None:
     if options.one:
         print(json.dumps(one(options.one, options.layers[0], options.hidden, options.tokens)))
         return
-    lines = table(options.only, options.layers, options.hidden, options.tokens)
+    lines = table(options.only, options.layers, options.hidden, options.tokens, options.limit)
     if options.write:
         head = (
             f"Hidden {options.hidden}, {options.tokens} tokens to each of three prompts, one thread, CPU, float32, "

@@ -9,12 +9,13 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compile_policy import compat
+from compile_policy import captured, compat
 from compile_policy.blocks import BlockSummary, divide, whole
 from compile_policy.program import Package, Program, Segment, Special
 from compile_policy.single import single_row
@@ -75,6 +76,7 @@ def lower_ahead(
     sizes: Sizes = (),
     *,
     flat: bool = False,
+    blocks_only: bool = False,
     make: Callable[[torch.fx.GraphModule], Package] | None = None,
 ) -> tuple[Program, BlockSummary]:
     """Compile ``gm``, whose inputs are all tensors: blocks that are the same code once, or ``flat`` as one package.
@@ -82,6 +84,8 @@ def lower_ahead(
     Args:
         sizes: of some inputs in the most frequent calls; where that makes products of a matrix and a single row, such
             calls get packages of their own.
+        blocks_only: what surrounds the blocks is not compiled, and runs as it was captured. A graph without blocks is
+            compiled all the same.
         make: compiles one piece; `make_package` unless given.
 
     Raises:
@@ -89,6 +93,7 @@ def lower_ahead(
     """
     make = make or make_package
     pieces, summary = (whole if flat else divide)(gm)
+    summary = replace(summary, blocks_only=blocks_only)
     symbols = _symbols(gm, sizes)
     numbers: dict[tuple[Any, ...], int] = {}
     special: dict[int, int] = {}
@@ -99,8 +104,11 @@ def lower_ahead(
     for piece in pieces:
         if piece.form not in numbers:
             numbers[piece.form] = len(packages)
-            packages.append(make(piece.graph))
-            single = single_row(piece.graph, symbols)
+            as_captured = _as_captured(piece.graph) if blocks_only and summary.instances and not piece.block else None
+            packages.append(as_captured or make(piece.graph))
+            if as_captured is not None:
+                summary = replace(summary, captured=summary.captured + 1)
+            single = single_row(piece.graph, symbols) if as_captured is None else None
             if single is not None:
                 special[numbers[piece.form]] = len(packages)
                 packages.append(make(single))
@@ -117,6 +125,15 @@ def _symbols(gm: torch.fx.GraphModule, sizes: Sizes) -> dict[Any, int]:
     inputs = _inputs(gm)
     found = [(inputs[slot].meta["example_value"].shape[dim], size) for slot, dim, size in sizes]
     return {symbol.node.expr: size for symbol, size in found if isinstance(symbol, torch.SymInt)}
+
+
+def _as_captured(gm: torch.fx.GraphModule) -> Package | None:
+    """``gm`` as a package that nothing was compiled for; ``None`` where it holds more than operators with names."""
+    try:
+        data = captured.written(gm)
+    except captured.NotWritable:
+        return None
+    return Package(data, captured.runner(data))
 
 
 def make_package(gm: torch.fx.GraphModule, *, autotune: bool = False) -> Package:

@@ -36,17 +36,23 @@ class BlockSummary:
         distinct: number of packages that serve them all.
         packages: number of packages, including those for what surrounds the blocks, not those for special sizes.
         reason: why the graph was not divided; empty when it was.
+        captured: number of packages that are no native code: what surrounds the blocks runs as it was captured.
+        blocks_only: whether nothing but blocks was to be compiled.
     """
 
     instances: int
     distinct: int
     packages: int
     reason: str = ""
+    captured: int = 0
+    blocks_only: bool = False
 
     def __str__(self) -> str:
         if not self.instances:
-            return f"one package: {self.reason}"
-        return f"{self.distinct} distinct block{'s' * (self.distinct != 1)} of {self.instances}"
+            also = ", so -O1 compiles it whole" if self.blocks_only else ""
+            return f"one package: {self.reason}{also}"
+        rest = ", the rest as captured" if self.captured else ""
+        return f"{self.distinct} distinct block{'s' * (self.distinct != 1)} of {self.instances}{rest}"
 
 
 @dataclass(frozen=True)

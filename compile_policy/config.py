@@ -74,10 +74,11 @@ class CompilationConfig(BaseModel):
     """False: the policy leaves the model alone. ``COMPILE_POLICY_DISABLE=1`` sets this, whatever other sources say."""
 
     mode: int = Field(default=2, ge=0, le=3)
-    """Optimisation level, also spelled ``-O0`` to ``-O3``: 0 eager, 1 and 2 whole components whose equal blocks are
-    compiled once, 3 each graph in one piece with autotuned kernels.
+    """Optimisation level, also spelled ``-O0`` to ``-O3``: 0 eager, 1 repeated blocks alone, 2 whole components whose
+    equal blocks are compiled once, 3 each graph in one piece with autotuned kernels.
 
-    Level 1 is meant for blocks alone, with the model's own Python around them; that is not built yet, so it is level 2.
+    At every level but 0 a component is captured as one graph. Level 1 compiles least: what surrounds the blocks runs
+    operator by operator. A graph without repeated blocks, or one for Inductor's JIT, is compiled whole there too.
     """
 
     backend: Literal["inductor", "aot_eager", "eager"] = "inductor"

@@ -246,10 +246,10 @@ class Entries:
         self.refused.setdefault(_verdict(call), reason)
 
     def blocks(self) -> str | None:
-        """How the graph made last was divided, where it was."""
+        """How the graph made last was divided, where it was or was to be."""
         entries = [e for found in self.entries.values() for e in found]
         blocks = entries[-1].graph.blocks if entries else None
-        return str(blocks) if blocks is not None and blocks.instances else None
+        return str(blocks) if blocks is not None and (blocks.instances or blocks.blocks_only) else None
 
 
 def _verdict(call: Call) -> Verdict:

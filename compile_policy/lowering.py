@@ -85,8 +85,13 @@ class InductorJit:
 class AheadOfTime(InductorJit):
     """Native packages for graphs that AOTInductor can take, JIT for the others.
 
-    Autotuning is for one package of everything; otherwise blocks that are the same code are compiled once.
+    Autotuning is for one package of everything; otherwise blocks that are the same code are compiled once, and with
+    ``blocks_only`` nothing else.
     """
+
+    def __init__(self, backend: str, *, autotune: bool = False, blocks_only: bool = False) -> None:
+        super().__init__(backend, autotune=autotune)
+        self.blocks_only = blocks_only
 
     def ahead(self, gm: torch.fx.GraphModule) -> bool:
         return can_lower_ahead(gm)
@@ -95,12 +100,15 @@ class AheadOfTime(InductorJit):
         return not torch.is_autocast_enabled("cpu")
 
     def program(self, gm: torch.fx.GraphModule, sizes: Sizes = ()) -> tuple[Program, BlockSummary]:
-        return lower_ahead(gm, sizes, flat=self.autotune, make=partial(make_package, autotune=self.autotune))
+        make = partial(make_package, autotune=self.autotune)
+        return lower_ahead(gm, sizes, flat=self.autotune, blocks_only=self.blocks_only, make=make)
 
     def jit(self) -> Lowering:
         return InductorJit(self.backend, autotune=self.autotune)
 
 
-def lower_with(backend: str, *, autotune: bool = False) -> Lowering:
+def lower_with(backend: str, *, autotune: bool = False, blocks_only: bool = False) -> Lowering:
     """The lowering for a backend name; ``inductor`` means packages where possible."""
-    return AheadOfTime(backend, autotune=autotune) if backend == "inductor" else InductorJit(backend)
+    if backend == "inductor":
+        return AheadOfTime(backend, autotune=autotune, blocks_only=blocks_only)
+    return InductorJit(backend)

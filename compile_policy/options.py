@@ -30,6 +30,7 @@ class RegionOptions:
     on_budget: str = "warn"
     on_fault: str = "eager"
     autotune: bool = False
+    blocks_only: bool = False
     dump: Dump | None = None
     sentinel: Sentinel | None = None
     check_every_call: bool = False
@@ -46,6 +47,7 @@ class RegionOptions:
             on_budget=config.on_budget,
             on_fault=config.on_fault,
             autotune=config.mode == 3,
+            blocks_only=config.mode == 1,
             dump=dump,
             sentinel=Sentinel(config.verify_calls) if config.verify_calls else None,
             check_every_call=config.check_structure == "call",
@@ -58,7 +60,7 @@ class RegionOptions:
 
     def lowered(self) -> dict[str, Any]:
         """What decides how a capture is lowered: a part of what an artifact is found by."""
-        return {"backend": self.backend, "autotune": self.autotune}
+        return {"backend": self.backend, "autotune": self.autotune, "blocks_only": self.blocks_only}
 
     def lowering(self) -> Lowering:
-        return lower_with(self.backend, autotune=self.autotune)
+        return lower_with(self.backend, autotune=self.autotune, blocks_only=self.blocks_only)

@@ -63,7 +63,8 @@ class ComponentReport:
         eager_calls: those of them that ran eager.
         compile_seconds: wall-clock seconds spent on capture and lowering.
         fallback: why the component runs eager although it was to be compiled; ``None`` when it doesn't.
-        blocks: how many blocks of its graph are the same code, in words; ``None`` when the graph is in one piece.
+        blocks: how many blocks of its graph are the same code, in words; ``None`` when the graph is in one piece,
+            unless level 1 asked for blocks alone.
     """
 
     role: str

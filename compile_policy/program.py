@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from compile_policy import compat
+from compile_policy import captured, compat
 
 Runner = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 #: What runs, what it is given, and the slots that nobody reads afterwards.
@@ -25,7 +25,10 @@ Step = tuple[Runner, Callable[[list[Any]], list[Any]], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Package:
-    """A native package: the bytes of its ``.pt2`` file, and the function that it is once loaded."""
+    """A native package: the bytes of its ``.pt2`` file, and the function that it is once loaded.
+
+    Where nothing is compiled (`captured`), the bytes name operators instead.
+    """
 
     data: bytes = field(repr=False)
     run: Runner = field(repr=False, compare=False)
@@ -36,7 +39,10 @@ class Package:
 
         Raises:
             RuntimeError: these are not the bytes of a package, or it does not fit this machine.
+            ValueError: they name operators, of which one is not known.
         """
+        if data.startswith(captured.FIRST_LINE):
+            return cls(data, captured.runner(data))
         with tempfile.TemporaryDirectory(prefix="compile_policy_") as folder:
             path = Path(folder) / "graph.pt2"
             path.write_bytes(data)

@@ -1,7 +1,7 @@
 """A process that runs one model with a store and says what happened; the tests of saved entries start it.
 
 Arguments: the model (``tiny:<model type>``), the store's directory, and options: ``encoder`` compiles the towers too,
-``seed=N`` gives other weights, ``name=PATH`` says that they came from elsewhere.
+``seed=N`` gives other weights, ``name=PATH`` says that they came from elsewhere, ``mode=N`` is the level.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from compile_policy_transformers import tiny_inputs
 def main(name: str, cache: str, *options: str) -> None:
     seen: list[list[str]] = []
     encoder = "encoder" in options
-    config = CompilationConfig(cache_dir=Path(cache), compile_mm_encoder=encoder)
+    mode = next((int(o.removeprefix("mode=")) for o in options if o.startswith("mode=")), 2)
+    config = CompilationConfig(cache_dir=Path(cache), compile_mm_encoder=encoder, mode=mode)
     with listening(lambda event: seen.append([event.kind, event.component, event.message])):
         model = compile_policy.load_model(name, config=config)
         for option in options:

@@ -51,6 +51,19 @@ def test_the_next_process_traces_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_blocks_alone(tmp_path: Path) -> None:
+    """At -O1 what surrounds the blocks is kept as the names of its operators."""
+    first = run("tiny:llama", tmp_path / "cache", "mode=1", inductor=tmp_path / "first")
+    assert first["equal"] and {"miss", "saved"} <= kinds(first), first["events"]
+    assert [row["blocks"] for row in first["rows"]] == ["1 distinct block of 2, the rest as captured"]
+    second = run("tiny:llama", tmp_path / "cache", "mode=1", inductor=tmp_path / "second")
+    assert_warm(second, tmp_path / "second")
+    assert second["rows"][0]["blocks"] == first["rows"][0]["blocks"]
+    other = run("tiny:llama", tmp_path / "cache", "mode=2", inductor=tmp_path / "third")
+    assert "miss" in kinds(other)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny:qwen2_5_vl", "tiny:gemma3"])
 def test_decoder_and_encoder(tmp_path: Path, name: str) -> None:
     """Towers too: packed attention is an operator that a package calls through the dispatcher."""

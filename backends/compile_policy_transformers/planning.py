@@ -99,14 +99,22 @@ def _decide(found: Found, config: CompilationConfig) -> tuple[Decision, str, str
     if found.role == "decoder":
         obstacle = _decoder_obstacle(found)
         if obstacle is None:
-            return "compile", "the language decoder is always compiled", ""
+            return "compile", f"the language decoder is always compiled{_level(config)}", ""
         _warn(f"decoder {found.qualname}".strip(), obstacle)
         return "eager", obstacle.reason, obstacle.remedy
     if _is_encoder(found):
         if config.compile_mm_encoder:
-            return "compile", f"{' and '.join(_ordered(found))} encoder, compiled because compile_mm_encoder is set", ""
+            return (
+                "compile",
+                f"{' and '.join(_ordered(found))} encoder, compiled because compile_mm_encoder is set{_level(config)}",
+                "",
+            )
         return "eager", "encoders are compiled only when asked", f"Set {ENCODER_FLAG} to compile it."
     return _fixed(found)
+
+
+def _level(config: CompilationConfig) -> str:
+    return "; at -O1 its repeated blocks alone" if config.mode == 1 else ""
 
 
 def _ordered(found: Found) -> list[str]:

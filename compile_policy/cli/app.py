@@ -35,7 +35,7 @@ _EPILOG = "\n\n".join(
     (
         "Configuration, with any command; later wins, and 'compile-policy config' shows what came out:",
         "--compile-mm-encoder, --no-compile-mm-encoder: vision and audio encoders too, or not",
-        "-O0 to -O3: the level; 0 eager, 1 and 2 equal blocks compiled once, 3 in one piece, autotuned",
+        "-O0 to -O3: the level; 0 eager, 1 repeated blocks alone, 2 all, equal blocks once, 3 in one piece, autotuned",
         "-cc.FIELD=VALUE, -cc '{\"FIELD\": VALUE}': any field",
         "--compilation-config FILE: YAML or JSON; below variables COMPILE_POLICY_<FIELD>, which are below flags",
         "--debug: tracebacks, and warnings of other packages",
