@@ -20,7 +20,7 @@ from compile_policy.entry import Entry, ExampleUnfit, build_entry
 from compile_policy.errors import BudgetExceeded, CompileFault, NotCompilable, first_line
 from compile_policy.events import emit
 from compile_policy.example import examples
-from compile_policy.failure import failure_of
+from compile_policy.failure import Failure, failure_of
 from compile_policy.fingerprint import Fingerprint
 from compile_policy.options import RegionOptions
 from compile_policy.saving import Place, Shelf, entry_between_ranks
@@ -174,7 +174,7 @@ class Entries:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            seconds, found = time.perf_counter() - started, failure_of(compat.original_error(error))
+            seconds, found = time.perf_counter() - started, _failure(compat.original_error(error))
             reason = getattr(error, "reason", "") or found.cause
             emit("compile_failed", self.name, reason, reason=reason, seconds=seconds, **found.data())
             if isinstance(error, NotCompilable):
@@ -236,10 +236,13 @@ class Entries:
     def _fault(self, error: BaseException) -> NoReturn:
         """A capture or lowering that failed: eager, or ``on_fault="error"`` raises with the original as cause."""
         cause = compat.original_error(error)
+        found = _failure(cause)
         reason = f"compiling failed with {first_line(cause)}"
+        if found.cause not in reason:  # what Dynamo says was read
+            reason = f"compiling failed{f' at {found.place}' if found.place else ''}: {found.cause}"
         if self.options.on_fault == "error":
             raise CompileFault(f"{self.name}: {reason}") from cause
-        raise NotCompilable(reason, remedy=_REMEDIES.get(type(cause).__name__, "")) from cause
+        raise NotCompilable(reason, remedy=_REMEDIES.get(type(cause).__name__, found.remedy)) from cause
 
     def refuse(self, call: Call, reason: str) -> None:
         """Calls like this one cannot be compiled."""
@@ -250,6 +253,15 @@ class Entries:
         entries = [e for found in self.entries.values() for e in found]
         blocks = entries[-1].graph.blocks if entries else None
         return str(blocks) if blocks is not None and (blocks.instances or blocks.blocks_only) else None
+
+
+def _failure(cause: BaseException) -> Failure:
+    """An exception read as the cause of a fault: it is not to be looked through for one of its own."""
+    if isinstance(cause, NotCompilable):
+        return failure_of(cause)
+    fault = NotCompilable("")
+    fault.__cause__ = cause
+    return failure_of(fault)
 
 
 def _verdict(call: Call) -> Verdict:

@@ -186,9 +186,11 @@ def _another(call: Call, region: Region | None, role: str) -> Iterator[Another]:
         now = ", ".join(f"{name}={value}" for name, value in constants.items())
         yield Another("other constants, arguments given or left out", now, "Call it the same way, or pass tensors.")
     sizes = {path: size for path, size in argument_sizes(call).items() if "*" not in size and not _all_labels(size)}
+    if role.startswith("encoder"):
+        sizes = {path: size for path, size in sizes.items() if _fixes_extent(size)}
     if role != "decoder" and sizes:  # a decoder's are the sizes of its weights, and so are those of packed patches
         now = ", ".join(f"{path} {' x '.join(map(str, size))}" for path, size in sizes.items())
-        yield Another("another size of a fixed dim", now, _SIZES.get(role.partition("[")[0], _SIZES[""]))
+        yield Another("another size of a fixed dim", now, _SIZES.get(role, _SIZES[""]))
     kinds = dict.fromkeys(_dtype(m[0], m[1]) for m in call.key[1] if m[0].is_floating_point)
     yield Another("another dtype or device", ", ".join(kinds), "Convert the model once, before the first call.")
     on = [f"{n} {'on' if v is True else v}" for n, v in modes_of(call).items() if v not in (False, "off")]
@@ -205,6 +207,11 @@ def _all_labels(sizes: Sequence[int | str]) -> bool:
     return all(isinstance(size, str) for size in sizes)
 
 
+def _fixes_extent(sizes: Sequence[int | str]) -> bool:
+    """Whether the size of each picture, or the length of each piece of sound, is fixed, and not just a width."""
+    return all(isinstance(size, int) for size in sizes[1:]) and len(sizes) > 2
+
+
 def _dtype(dtype: Any, device: Any) -> str:
     """A dtype, and its device where there is one."""
     name = str(dtype).removeprefix("torch.")
@@ -212,6 +219,8 @@ def _dtype(dtype: Any, device: Any) -> str:
 
 
 _SIZES = {
-    "encoder": "Bring the pictures to one size.",
+    "encoder[image]": "Bring the pictures to one size.",
+    "encoder[video]": "Bring the frames to one size.",
+    "encoder[audio]": "Pad the pieces of sound to one length.",
     "": "Name the dim in dynamic_arg_dims to have it vary.",
 }

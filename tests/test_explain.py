@@ -253,6 +253,17 @@ def test_the_line_that_cannot_be_compiled(
         and bool(remedy) == bool(failure.remedy)
     )
     assert failure.data_dependent == (op in ("if", "for", "while"))
+    assert found.fallback == f"compiling failed at {failure.place}: {failure.cause}"  # and not torch's first line
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("lighton_ocr", ""), ("qwen2_5_vl", ""), ("llava", "Bring the pictures to one size.")]
+)
+def test_advice_on_sizes_of_pictures(name: str, advice: str) -> None:
+    """Only a tower that takes pictures of one size asks for it: padded stacks and packed patches do not."""
+    found = explain(f"tiny:{name}", config=cp.CompilationConfig(compile_mm_encoder=True))
+    tower = next(c for c in found.components if c.role == "encoder[image]" and c.decision == "compile")
+    assert [a.remedy for a in tower.another if a.what == "another size of a fixed dim"] == ([advice] if advice else [])
 
 
 # -- real architectures ----------------------------------------------------------------------------------------------

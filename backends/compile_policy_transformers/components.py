@@ -71,6 +71,11 @@ RULES: tuple[ComponentRule, ...] = (
     ),
     ComponentRule("granite_speech", "get_encoder() is the model itself", encoders=(("audio", "model.encoder"),)),
     ComponentRule("granite_speech_plus", "get_encoder() is the model itself", encoders=(("audio", "model.encoder"),)),
+    ComponentRule(
+        "phi4_multimodal",
+        "the audio model is no tower by its name or its main input",
+        encoders=(("audio", "model.embed_tokens_extend.audio_embed.encoder"),),
+    ),
     ComponentRule("qwen2_5_omni", "get_decoder() is the model itself; the thinker answers", inner="thinker"),
     ComponentRule("qwen3_omni_moe", "get_decoder() is the model itself; the thinker answers", inner="thinker"),
 )

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from compile_policy.binder import Bound
 from compile_policy.errors import PolicyWarning
 from compile_policy.plan import Component
+from compile_policy.shapes import UNBACKED
 from compile_policy_transformers import caches
 from compile_policy_transformers.applying import binder_for
 from compile_policy_transformers.audio import SoundBinder
@@ -53,7 +54,7 @@ def model_of(name: str | None) -> nn.Module:
 
 def meaning(label: str, component: nn.Module) -> tuple[str, str]:
     """(where a label is from: ``rule`` or ``probe``, what it counts)."""
-    parts = label.split("+")
+    parts = [part.removeprefix(UNBACKED) for part in label.split("+")]
     if all(part in LABELS for part in parts):
         return "rule", " and ".join(LABELS[part] for part in parts)
     return "probe", "differs between two sets of pictures"

@@ -73,7 +73,8 @@ def reasons(row: Row) -> list[str]:
             continue
         reason = cell["reason"] or {"wrong": "differs from eager"}.get(cell["state"], "more graphs than one")
         reason = re.sub(r"(differs from eager) by \S+", r"\1", reason)  # the figure is the processor's
-        where = f" ({cell['place']})" if cell.get("place") else ""
+        named = cell.get("place") and cell["place"] not in reason
+        where = f" ({cell['place']})" if named else ""
         remedy = f" {cell['remedy']}" if cell.get("remedy") else ""
         by_reason.setdefault(f"{reason.rstrip('.')}{where}.{remedy}", []).append(title)
     return [f"{', '.join(titles)}: {text}" for text, titles in by_reason.items()]
