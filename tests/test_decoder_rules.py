@@ -13,6 +13,8 @@ import compile_policy as cp
 from compile_policy_transformers import decoder_rules
 from compile_policy_transformers.components import meta_model
 from compile_policy_transformers.cross_states import SeenStates, encoded_states
+from compile_policy_transformers.decoder_masks import as_prepared, prepared, prepares_own
+from compile_policy_transformers.embedded import with_pictures
 from compile_policy_transformers.matrix import _cells, _prompts
 from compile_policy_transformers.tiny import tiny_config, tiny_inputs, tiny_model
 
@@ -102,3 +104,30 @@ def test_picture_after_text() -> None:
     assert (
         (row.graphs, row.eager_calls) == (1, 1) and row.fallback is not None and "cross_attention_mask" in row.fallback
     )
+
+
+def test_a_mask_of_its_own() -> None:
+    """What kosmos-2 prepares by a method is prepared before the graph: its numbers, for prompts and single tokens."""
+    decoder = tiny_model("kosmos-2").text_model.model
+    assert prepares_own(decoder) and not prepares_own(tiny_model("llama").model)
+    embeds = torch.randn(2, 4, decoder.config.embed_dim)
+    padding = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    mask = prepared(decoder, padding, embeds, None)
+    open_ = mask[:, 0] == 0
+    assert torch.equal(open_[0], torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]).bool())
+    assert torch.equal(prepared(decoder, None, embeds[:, :1], None), torch.zeros(2, 1, 1, 1))
+    with as_prepared(decoder):
+        assert decoder._prepare_decoder_attention_mask(mask, (2, 4), embeds, 0) is mask
+    assert decoder._prepare_decoder_attention_mask(padding, (2, 4), embeds, 0).shape == mask.shape
+
+
+def test_pictures_among_embeddings() -> None:
+    """They are put in their places as long as the cache is empty; places are given always."""
+    embeds, pictures = torch.zeros(1, 4, 3), torch.ones(1, 2, 3)
+    values = {"image_embeds": pictures, "image_embeds_position_mask": torch.tensor([[0, 1, 1, 0]])}
+    merged = with_pictures(embeds, values)
+    assert merged[0, :, 0].tolist() == [0, 1, 1, 0] and not embeds.any() and "image_embeds" not in values
+    assert with_pictures(embeds, (none := {})) is embeds and not none["image_embeds_position_mask"].any()
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 2, 3), 0)
+    assert with_pictures(embeds, {**values, "image_embeds": pictures, "past_key_values": cache}) is embeds

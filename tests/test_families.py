@@ -20,11 +20,14 @@ FAST = [
     ("instructblip", "none", 1),
     ("mllama", "dynamic", 1),
     ("bloom", "dynamic", 1),
+    ("kosmos-2", "dynamic", 1),
 ]
 SLOW = [
     *((name, kind, 1) for name in ("florence2", "pp_formulanet") for kind in KINDS),
     *((name, kind, 1) for name in ("t5gemma2", "blip", "udop") for kind in ("none", "dynamic")),
     *((name, kind, 1) for name in ("mllama", "bloom", "cohere_compass", "paligemma") for kind in KINDS),
+    *((name, kind, 1) for name in ("kosmos-2.5", "pix2struct") for kind in KINDS),
+    ("kosmos-2", "none", 1),
     ("blip-2", "none", 1),
     ("inkling_mm_model", "dynamic", 4),
     ("granite4_vision", "none", 1),

@@ -91,7 +91,16 @@ def test_components(model_type: str) -> None:
     _assert_disjoint(found)
 
 
-@pytest.mark.parametrize(("model_type", "held"), [("idefics", "IdeficsVisionTransformer"), ("pix2struct", "Linear")])
+def test_a_head_inside_the_decoders_forward() -> None:
+    """pix2struct's decoder returns logits: by a rule it is compiled with its head, which is no component then."""
+    found = find_components(_meta("pix2struct"))
+    decoder = next(f for f in found if f.role == "decoder")
+    assert decoder.qualname == "decoder" and not decoder.obstacle and hasattr(decoder.module, "lm_head")
+    assert not [f for f in found if f.role == "head"]
+    _assert_disjoint(found)
+
+
+@pytest.mark.parametrize(("model_type", "held"), [("idefics", "IdeficsVisionTransformer")])
 def test_inseparable_decoder_says_why(model_type: str, held: str) -> None:
     """Where head or tower sit beside the layers themselves, the obstacle names them."""
     decoder = next(f for f in find_components(_meta(model_type)) if f.role == "decoder")
@@ -194,7 +203,7 @@ def test_wrapped_by_peft() -> None:
 
 
 NEEDS_TIMM = {"gemma3n"}
-INSEPARABLE = {"idefics", "pix2struct"}
+INSEPARABLE = {"idefics"}
 WITHOUT_ENCODER = {"chameleon", "emu3", "evolla", "fuyu", "gemma4_unified", "mistral4", "udop"}
 
 

@@ -91,7 +91,8 @@ def dense_attention(
     if groups > 1 and not in_place:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if position_bias is not None:
-        attention_mask = _with_bias(attention_mask, position_bias, query.dtype)
+        # Expanded here: left to SDPA, whether it has to be is a condition on the batch.
+        attention_mask = _with_bias(attention_mask, position_bias, query.dtype).expand(query.shape[0], -1, -1, -1)
     if explicit:
         out = _explicit(query, key, value, attention_mask, scaling, softcap, sinks)
     else:

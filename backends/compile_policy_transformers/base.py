@@ -48,6 +48,8 @@ def find_components(model: nn.Module) -> list[Found]:
         heads = _find_heads(model)
         encoders = find_encoders(model)
         decoder = _find_decoder(model, [f.module for f in encoders + heads])
+        if decoder is not None and not decoder.obstacle:  # a rule's decoder may end in its head
+            heads = [head for head in heads if not holds(decoder.module, head.module)]
         found = ([decoder] if decoder is not None else []) + encoders + heads
     known = {f.qualname for f in found}
     claimed = [f.module for f in found]

@@ -56,7 +56,7 @@ class ComponentRule:
     encoders: tuple[tuple[str, str], ...] = ()
 
 
-# Most exceptions need no entry: a decoder that holds its head (llama4, blip-2, kosmos-2, kosmos-2.5, pix2struct,
+# Most exceptions need no entry: a decoder that holds its head (llama4, blip-2, kosmos-2, kosmos-2.5,
 # vision-encoder-decoder) or a tower (chameleon, git, idefics) is seen in the module tree. These are not.
 RULES: tuple[ComponentRule, ...] = (
     ComponentRule(
@@ -68,6 +68,11 @@ RULES: tuple[ComponentRule, ...] = (
         "pi0",
         "get_decoder() is the whole policy with its vision tower; the language model inside is called",
         decoder="model.vlm.language_model",
+    ),
+    ComponentRule(
+        "pix2struct",
+        "the decoder's own forward ends in lm_head and returns logits, so that the head is compiled with it",
+        decoder="decoder",
     ),
     ComponentRule("granite_speech", "get_encoder() is the model itself", encoders=(("audio", "model.encoder"),)),
     ComponentRule("granite_speech_plus", "get_encoder() is the model itself", encoders=(("audio", "model.encoder"),)),

@@ -25,9 +25,10 @@ from compile_policy_transformers.cache_masks import all_sliding, arranged, each_
 from compile_policy_transformers.cache_pairs import PairCall
 from compile_policy_transformers.cross_states import SeenStates, encoded_states
 from compile_policy_transformers.decoder_labels import DecoderLabels
-from compile_policy_transformers.decoder_masks import DecoderMasks, padding_mask
+from compile_policy_transformers.decoder_masks import DecoderMasks, as_prepared, padding_mask, prepared, prepares_own
 from compile_policy_transformers.decoder_rules import rule_of
 from compile_policy_transformers.deepstack import DeepstackFeatures
+from compile_policy_transformers.embedded import PICTURES, PLACES, with_pictures
 from compile_policy_transformers.positions import OwnPositions
 from compile_policy_transformers.recurrent_mixers import RecurrentDecoder
 from compile_policy_transformers.repeat import DecodeSteps, Step
@@ -52,6 +53,7 @@ class DecoderBinder:
         self.steps = DecodeSteps()
         self.features = DeepstackFeatures(decoder)
         self.seen = SeenStates(decoder)
+        self.takes_pictures = PICTURES in self.parameters and PLACES in self.parameters
         self.recurrent = RecurrentDecoder(decoder)
         self.masks.dense_config = mask_config(config)
         self.masks.dense_config._attn_implementation_internal = self.masks.implementation
@@ -64,7 +66,7 @@ class DecoderBinder:
     @contextmanager
     def tracing(self, module: torch.nn.Module) -> Iterator[None]:
         attends = attention.traced_with(attention.configs_below(module), self.masks.implementation)
-        with compat.output_capturing(module), attends, self.recurrent.tracing():
+        with compat.output_capturing(module), attends, as_prepared(module), self.recurrent.tracing():
             yield
 
     def bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
@@ -74,6 +76,8 @@ class DecoderBinder:
         batch, length = embeds.shape[:2]
         if length == 0:
             raise NotCompilable("a call without tokens")
+        if self.takes_pictures:
+            embeds = values["inputs_embeds"] = with_pictures(embeds, values)
         cache = self._cache(module, values, embeds)
         if isinstance(cache, EncoderDecoderCache):
             encoded = values.get("encoder_hidden_states")
@@ -90,7 +94,11 @@ class DecoderBinder:
             values["position_ids"] = self.position_ids(
                 values.get("position_ids") if own is None else own, embeds, cache
             )
-        masks = self._masks(values.get("attention_mask"), embeds, cache, text)
+        given_mask = values.get("attention_mask")
+        if prepares_own(module):
+            masks = prepared(module, given_mask, embeds, cache)
+        else:
+            masks = self._masks(given_mask, embeds, cache, text)
         if masks is not None:
             values["attention_mask"] = masks
         fillers = self.features.complete(values, embeds)

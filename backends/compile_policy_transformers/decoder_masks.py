@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.masking_utils import create_masks_for_generate
 from compile_policy.errors import NotCompilable
 from compile_policy_transformers import attention
 
+_PREPARES = "_prepare_decoder_attention_mask"
 _BIDIRECTIONAL = "use_bidirectional_attention"
 
 
@@ -64,6 +66,35 @@ class DecoderMasks:
             stock = stock or {}
             return {name: torch.ones_like(m) if stock.get(name) is None else m for name, m in made.items()}
         return torch.ones_like(made) if stock is None else made
+
+
+def prepares_own(decoder: torch.nn.Module) -> bool:
+    """Whether the decoder prepares its mask by a method of its own, which branches on whether there is one token.
+
+    Kosmos-2 does, and BART's kind did before Transformers 4.56, whose decoders outside Transformers still do.
+    """
+    return hasattr(decoder, _PREPARES) and _PREPARES not in vars(decoder)
+
+
+def prepared(decoder: Any, given: Any, embeds: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+    """The mask (batch, 1, sequence, keys) that the decoder's own method makes, numbers to add to the scores."""
+    seen = int(cache.get_seq_length()) if cache is not None else 0
+    made: torch.Tensor | None = getattr(decoder, _PREPARES)(given, embeds.shape[:2], embeds, seen)
+    return embeds.new_zeros(embeds.shape[0], 1, embeds.shape[1], seen + embeds.shape[1]) if made is None else made
+
+
+@contextmanager
+def as_prepared(decoder: torch.nn.Module) -> Iterator[None]:
+    """Let such a decoder take the mask that was `prepared` as it is."""
+    if not prepares_own(decoder):
+        yield
+        return
+    own = vars(decoder)
+    own[_PREPARES] = lambda attention_mask, *args, **kwargs: attention_mask
+    try:
+        yield
+    finally:
+        del own[_PREPARES]
 
 
 def _calls_attention(decoder: torch.nn.Module) -> bool:
