@@ -383,7 +383,8 @@ def test_a_changed_mask_counts_in_mid_sequence(models: dict[str, PreTrainedModel
 
 
 @pytest.mark.parametrize(
-    ("model_type", "kind", "most"), [("qwen3_5", "dynamic", 2), ("qwen3_5", "static", 2), ("dots3_note", "dynamic", 3)]
+    ("model_type", "kind", "most"),
+    [("qwen3_5", "dynamic", 1), ("qwen3_5", "static", 1), ("jamba", "dynamic", 1), ("dots3_note", "dynamic", 3)],
 )
 def test_caches_with_other_states(model_type: str, kind: str, most: int) -> None:
     """Linear attention and indexers: chunks and tokens, a cache that is copied, one that is reset."""
@@ -407,4 +408,4 @@ def test_caches_with_other_states(model_type: str, kind: str, most: int) -> None
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
     graphs, eager_calls = _graphs_and_eager_calls(model)
-    assert graphs <= most and eager_calls == 0  # several tokens, one token, and what the indexer asks of sizes
+    assert graphs <= most and eager_calls == 0  # more than one is what an indexer asks of sizes

@@ -11,8 +11,7 @@ from compile_policy_transformers.matrix import KINDS, TOLERANCE, _cells, _prompt
 from compile_policy_transformers.tiny import tiny_model
 
 DECODER = {"decoder": ("decoder",)}
-#: Architecture, kind of cache, most graphs: a single token has code of its own in linear attention and indexers, and so
-#: has a padded batch of several.
+#: Architecture, kind of cache, most graphs.
 FAST = [
     ("vision-encoder-decoder", "dynamic", 1),
     ("vision-encoder-decoder", "static", 1),
@@ -29,13 +28,13 @@ SLOW = [
     *((name, kind, 1) for name in ("kosmos-2.5", "pix2struct") for kind in KINDS),
     ("kosmos-2", "none", 1),
     ("blip-2", "none", 1),
-    ("inkling_mm_model", "dynamic", 4),
+    ("inkling_mm_model", "dynamic", 1),
     ("granite4_vision", "none", 1),
     ("granite4_vision", "dynamic", 1),
     ("instructblipvideo", "none", 1),
-    *(("qwen3_5", kind, 4) for kind in ("dynamic", "static")),
+    *(("qwen3_5", kind, 1) for kind in ("dynamic", "static")),
     *(("dots3_note", kind, 1) for kind in ("dynamic", "static")),
-    *(("lfm3_vl", kind, 4) for kind in ("dynamic", "static")),
+    *(("lfm3_vl", kind, 1) for kind in ("dynamic", "static")),
 ]
 
 

@@ -75,6 +75,15 @@ def test_decoder_and_encoder(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny:qwen3_next", "tiny:mamba2"])
+def test_linear_attention(tmp_path: Path, name: str) -> None:
+    """The rules of linear attention are operators in Python, which the backend registers before it loads an entry."""
+    first = run(name, tmp_path / "cache", inductor=tmp_path / "first")
+    assert first["equal"] and [row["graphs"] for row in first["rows"]] == [1]
+    assert_warm(run(name, tmp_path / "cache", "seed=3", inductor=tmp_path / "second"), tmp_path / "second")
+
+
+@pytest.mark.slow
 def test_a_moved_store_is_as_good(tmp_path: Path) -> None:
     """Nothing in an artifact depends on where the store is."""
     run("tiny:llama", tmp_path / "cache", inductor=tmp_path / "first")
