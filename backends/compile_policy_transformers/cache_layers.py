@@ -116,7 +116,7 @@ def is_empty(cache: Cache) -> bool:
 
 
 def _holds_any(layer: Any) -> bool:
-    return bool(layer.is_initialized) and layer.keys.numel() > 0
+    return bool(layer.is_initialized) and layer.keys is not None and layer.keys.numel() > 0  # a dummy has none
 
 
 def layer_shapes(cache: Cache) -> list[LayerShape]:
