@@ -15,6 +15,7 @@ from compile_policy_transformers.components import meta_model
 from compile_policy_transformers.cross_states import SeenStates, encoded_states
 from compile_policy_transformers.decoder_masks import as_prepared, prepared, prepares_own
 from compile_policy_transformers.embedded import with_pictures
+from compile_policy_transformers.experts import grouped, looping_experts
 from compile_policy_transformers.matrix import _cells, _prompts
 from compile_policy_transformers.tiny import tiny_config, tiny_inputs, tiny_model
 
@@ -131,3 +132,20 @@ def test_pictures_among_embeddings() -> None:
     cache = DynamicCache()
     cache.update(torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 2, 3), 0)
     assert with_pictures(embeds, {**values, "image_embeds": pictures, "past_key_values": cache}) is embeds
+
+
+def test_experts_of_a_loop_run_as_one_operation() -> None:
+    """Only those that Transformers' own operation does not serve already; they are as they were afterwards."""
+    model = tiny_model("step3p7")
+    (experts,) = looping_experts(model)
+    assert looping_experts(tiny_model("qwen3_moe")) == []
+    before = dict(vars(experts))
+    torch.manual_seed(0)
+    hidden = torch.randn(7, experts.hidden_dim)
+    weights, index = torch.randn(7, experts.num_experts).softmax(-1).topk(2)
+    with torch.no_grad():
+        want = experts(hidden, index, weights)
+        with grouped([experts]):
+            assert experts.forward is not before.get("forward") and "forward" in vars(experts)
+            torch.testing.assert_close(experts(hidden, index, weights), want)
+    assert vars(experts) == before

@@ -25,7 +25,7 @@ SLOW = [
     *((name, kind, 1) for name in ("florence2", "pp_formulanet") for kind in KINDS),
     *((name, kind, 1) for name in ("t5gemma2", "blip", "udop") for kind in ("none", "dynamic")),
     *((name, kind, 1) for name in ("mllama", "bloom", "cohere_compass", "paligemma") for kind in KINDS),
-    *((name, kind, 1) for name in ("kosmos-2.5", "pix2struct") for kind in KINDS),
+    *((name, kind, 1) for name in ("kosmos-2.5", "pix2struct", "step3p7") for kind in KINDS),
     ("kosmos-2", "none", 1),
     ("blip-2", "none", 1),
     ("inkling_mm_model", "dynamic", 1),

@@ -29,6 +29,7 @@ from compile_policy_transformers.decoder_masks import DecoderMasks, as_prepared,
 from compile_policy_transformers.decoder_rules import rule_of
 from compile_policy_transformers.deepstack import DeepstackFeatures
 from compile_policy_transformers.embedded import PICTURES, PLACES, with_pictures
+from compile_policy_transformers.experts import grouped, looping_experts
 from compile_policy_transformers.positions import OwnPositions
 from compile_policy_transformers.recurrent_mixers import RecurrentDecoder
 from compile_policy_transformers.repeat import DecodeSteps, Step
@@ -66,7 +67,8 @@ class DecoderBinder:
     @contextmanager
     def tracing(self, module: torch.nn.Module) -> Iterator[None]:
         attends = attention.traced_with(attention.configs_below(module), self.masks.implementation)
-        with compat.output_capturing(module), attends, as_prepared(module), self.recurrent.tracing():
+        looping = looping_experts(module)
+        with compat.output_capturing(module), attends, as_prepared(module), grouped(looping), self.recurrent.tracing():
             yield
 
     def bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
