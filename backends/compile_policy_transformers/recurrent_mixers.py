@@ -210,7 +210,7 @@ def _traced(function: Callable[..., Any]) -> Callable[..., Any]:
         handed.states = states
         handed.module = function.__module__
         out = function(self, *args, **kwargs)
-        handed.states = None
+        handed.states, handed.module = None, ""  # as before: what it holds is part of what an entry is found by
         if states is not None and states.recurrent is not None and (not states.taken or states.taken != states.wanted):
             raise NotCompilable("a mixer went on without the state that it asked for")
         return out
