@@ -36,6 +36,7 @@ from compile_policy_transformers.repeat import DecodeSteps, Step
 
 #: Visual tokens are some of the example's 2 x 3 positions.
 _EXAMPLE_SIZES = {"batch": 2, "sequence": 3, "visual_tokens": 5}
+_NO_TOKENS = "Give one of them. A decoder that begins behind its embeddings has no rule yet, and runs eager."
 #: Decoding takes one token after the other.
 _FREQUENT_SIZES = {"batch": 1, "sequence": 1}
 
@@ -143,7 +144,8 @@ class DecoderBinder:
         embeds: torch.Tensor | None = values.get("inputs_embeds")
         if embeds is None:
             if ids is None:
-                raise NotCompilable("neither input_ids nor inputs_embeds were given")
+                name = f"{type(module).__module__.rpartition('.')[2]}.py, {type(module).__name__}.forward"
+                raise NotCompilable(f"{name} was called with neither input_ids nor inputs_embeds", remedy=_NO_TOKENS)
             embeds = module.get_input_embeddings()(ids)  # type: ignore[operator]
             values["inputs_embeds"] = embeds
         elif ids is not None:

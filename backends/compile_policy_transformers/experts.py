@@ -2,8 +2,8 @@
 
 Cause: which experts are hit is data, so that the loop cannot be captured (step3p7: modeling_step3p7.py,
 ``Step3p7Experts.forward``, ``for expert_idx in hit``). Transformers' own experts are decorated with
-``use_experts_implementation`` and run by `grouped_mm_experts_forward`; experts with the same weights, gate and arguments
-that are not decorated are traced with that function. Drop this once no model loops itself.
+``use_experts_implementation`` and run by `grouped_mm_experts_forward`; experts with the same weights, gate and
+arguments that are not decorated are traced with that function. Drop this once no model loops itself.
 """
 
 from __future__ import annotations
