@@ -38,10 +38,10 @@ def test_a_decoder_that_holds(llama: dict[str, Any]) -> None:
 
 def test_what_does_not_hold_has_its_reason() -> None:
     """A component that runs eager is told so, with the reason and the remedy of its event."""
-    row = measure("bloom").to_dict()
-    cell = row["decoder"]["dynamic"]
-    assert (cell["state"], cell["eager_calls"] > 0) == ("eager", True)
-    assert cell["reason"] and any("dynamic" in reason for reason in reasons(row))
+    row = measure("hunyuan_vl").to_dict()
+    cell = row["encoders"]["vision"]
+    assert (cell["state"], cell["eager_calls"] > 0, bool(cell["remedy"])) == ("eager", True, True)
+    assert any(reason.startswith("vision: it goes through its pictures one by one") for reason in reasons(row))
 
 
 def test_a_model_that_needs_a_picture_has_requests() -> None:
