@@ -62,7 +62,7 @@ class Piece:
     Attributes:
         block: path of the block instance; empty for what surrounds the blocks.
         inputs: the nodes of the whole graph that the inputs of ``graph`` stand for, ``results`` those of its outputs.
-        form: equal for pieces that are the same code.
+        form: equal for pieces that are the same code, which share one ``graph``.
     """
 
     block: str
@@ -133,13 +133,16 @@ def _pieces(gm: GraphModule, names: dict[Node, str]) -> list[Piece]:
             if not runs or runs[-1][0] != block:
                 runs.append((block, []))
             runs[-1][1].append(node)
-    pieces = [_piece(gm, block, nodes, sizes) for block, nodes in runs]
+    made: dict[tuple[Any, ...], GraphModule] = {}
+    pieces = [_piece(gm, block, nodes, sizes, made) for block, nodes in runs]
     if len(pieces) > 1:
         _check_aliases(gm, pieces)
     return pieces
 
 
-def _piece(gm: GraphModule, block: str, nodes: list[Node], sizes: set[Node]) -> Piece:
+def _piece(
+    gm: GraphModule, block: str, nodes: list[Node], sizes: set[Node], made: dict[tuple[Any, ...], GraphModule]
+) -> Piece:
     builder = _Builder(nodes, sizes)
     for node in nodes:
         builder.get(node)
@@ -148,8 +151,10 @@ def _piece(gm: GraphModule, block: str, nodes: list[Node], sizes: set[Node]) -> 
     for node in results:
         _require_tensor(node)
     builder.graph.output(tuple(builder.here[n] for n in results))
-    graph = GraphModule(gm, builder.graph)
-    return Piece(block, graph, tuple(builder.inputs), tuple(results), _form(graph))
+    form = _form(gm, builder.graph)
+    if form not in made:
+        made[form] = GraphModule(gm, builder.graph)
+    return Piece(block, made[form], tuple(builder.inputs), tuple(results), form)
 
 
 class _Builder:
@@ -228,17 +233,17 @@ def _require_tensor(node: Node) -> None:
 # -- what is the same code ------------------------------------------------------------------------------------------
 
 
-def _form(graph: GraphModule) -> tuple[Any, ...]:
-    """Everything that decides what code the graph becomes, with nodes as numbers."""
-    numbers = {node: i for i, node in enumerate(graph.graph.nodes)}
-    return tuple(_node_form(graph, node, numbers) for node in graph.graph.nodes)
+def _form(owner: GraphModule, graph: Graph) -> tuple[Any, ...]:
+    """Everything that decides what code the graph becomes, with nodes as numbers; ``owner`` has its constants."""
+    numbers = {node: i for i, node in enumerate(graph.nodes)}
+    return tuple(_node_form(owner, node, numbers) for node in graph.nodes)
 
 
-def _node_form(graph: GraphModule, node: Node, numbers: dict[Node, int]) -> tuple[Any, ...]:
+def _node_form(owner: GraphModule, node: Node, numbers: dict[Node, int]) -> tuple[Any, ...]:
     if node.op == "placeholder":
         return ("input", *_metadata(node.meta["example_value"]))
     if node.op == "get_attr":  # a constant or a function of the graph: the same only when it is that very one
-        return (node.op, id(operator.attrgetter(str(node.target))(graph)))
+        return (node.op, id(operator.attrgetter(str(node.target))(owner)))
     return (node.op, node.target, _plain(node.args, numbers), _plain(node.kwargs, numbers))
 
 

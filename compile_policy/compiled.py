@@ -148,9 +148,9 @@ class CompiledGraph:
 
 
 def _reorder_inputs(gm: torch.fx.GraphModule, order: Sequence[int]) -> None:
-    """Move the inputs of ``gm`` into the given order: parameters in front, so that they are one list for all calls."""
+    """Move the inputs in the graph of ``gm`` into the given order: parameters in front, so that they are one list for
+    all calls. Its Python code stays as it was; what is lowered is the graph."""
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     body = next(n for n in gm.graph.nodes if n.op != "placeholder")
     for i in order:
         body.prepend(inputs[i])
-    gm.recompile()
