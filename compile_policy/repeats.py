@@ -24,6 +24,7 @@ from compile_policy.tape import Call, Origin, Tape
 
 #: Makes the function of the leaves that is traced, for a component or a stand-in.
 Remake = Callable[[torch.nn.Module], Callable[..., tuple[torch.Tensor, ...]]]
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _SAVED = 2  # layers at least that need not be traced
 
 
@@ -160,6 +161,7 @@ class _Run:
         if origin[0] == "leaf":
             return ("leaf", *_form(self.leaves[origin[1]]), self.labels[origin[1]])
         if origin[0] == "tensor":
+            _require(type(self.tensors[origin[1]]) in _PLAIN, "weights of the layers are no plain tensors")
             return ("tensor", *_form(self.tensors[origin[1]]))
         if origin[0] == "op" and i > 0 and self.layer_of(origin[1]) == i - 1:
             return ("previous", origin[1] - self.spans[i - 1][0], origin[2])

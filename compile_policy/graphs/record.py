@@ -30,6 +30,7 @@ def entry_record(region: Region, entry: Entry, example: dict[int, list[int]], op
         "backend": region.options.backend,
         "road": str(getattr(entry.graph, "road", "jit")),
         "why_jit": entry.graph.why_jit,
+        "depth": entry.graph.depth,
         "segments": _segments(entry),
         "special": _special(entry),
         "key": _key(entry),
