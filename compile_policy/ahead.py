@@ -18,16 +18,22 @@ import torch
 from compile_policy import captured, compat
 from compile_policy.blocks import BlockSummary, divide, whole
 from compile_policy.program import Package, Program, Segment, Special
-from compile_policy.single import single_row
+from compile_policy.single import OPTIONS, single_row
 
 #: (slot of an input, dim, size)
 Sizes = Sequence[tuple[int, int, int]]
 
 _OPTIONS: dict[str, Any] = {
     "aot_inductor.package": True,
-    # The wrapper only calls kernels; a higher level costs most of the compile time and gains nothing at run time.
+    # The wrapper only calls kernels; a higher level costs much of the compile time and gains a few microseconds a call.
     "aot_inductor.compile_wrapper_opt_level": "O0",
     "size_asserts": False,  # sizes are checked once per call, by the entry's conditions
+}
+#: For a block whose kernels take so short that these microseconds count, and that is called many times in a step.
+#: Precompiled headers are those of another level: making them for this one would cost more than they save.
+_SHORT_AND_REPEATED: dict[str, Any] = {
+    "aot_inductor.compile_wrapper_opt_level": "O1",
+    "cpp_cache_precompile_headers": False,
 }
 
 
@@ -110,6 +116,8 @@ def lower_ahead(
                 summary = replace(summary, captured=summary.captured + 1)
             single = single_row(piece.graph, symbols) if as_captured is None else None
             if single is not None:
+                if piece.block:
+                    single.meta[OPTIONS] |= _SHORT_AND_REPEATED
                 special[numbers[piece.form]] = len(packages)
                 packages.append(make(single))
         taken = tuple(slots[node] for node in piece.inputs)
@@ -137,8 +145,8 @@ def _as_captured(gm: torch.fx.GraphModule) -> Package | None:
 
 
 def make_package(gm: torch.fx.GraphModule, *, autotune: bool = False) -> Package:
-    """Compile ``gm``, whose inputs are all tensors, and load the package."""
-    options = {**_OPTIONS, "max_autotune": True} if autotune else _OPTIONS
+    """Compile ``gm``, whose inputs are all tensors, with the options that its ``meta`` asks for; load the package."""
+    options = {**_OPTIONS, **gm.meta.get(OPTIONS, {}), **({"max_autotune": True} if autotune else {})}
     with tempfile.TemporaryDirectory(prefix="compile_policy_") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own pickling of its tree specs
         path = Path(folder) / "graph.pt2"
