@@ -1,10 +1,12 @@
 """Greedy decoding through ``generate()``: the policy beside eager and the ways in which people compile today.
 
-    python benchmarks/bench_decode.py [--layers 8] [--hidden 256] [--tokens 64] [--rounds 7] [--write]
+    python benchmarks/bench_decode.py [--layers 8] [--hidden 256] [--tokens 64] [--prefill 256] [--rounds 7] [--write]
+    python benchmarks/bench_decode.py --layers 16 --hidden 1024 --tokens 24 --rounds 5 --write
 
 Every contender has its own copy of one random Llama and answers the same prompts; rounds are interleaved, so that a
-machine that slows down slows all of them. Reported: CPU milliseconds a token (median of the rounds), the ratio to
-eager in the same run, the seconds that the first answer took, and how many graphs Dynamo made.
+machine that slows down slows all of them. Reported: CPU milliseconds a token (median of the rounds) and the ratio to
+eager in the same run, the same for the prefill of a longer prompt (an answer of one token), the seconds that the first
+answer took, and how many graphs Dynamo made. A size is a section of its own in RESULTS.md.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class Contender:
     first: float = 0.0
     graphs: int = 0
     seconds: list[float] = field(default_factory=list)
+    prefill: list[float] = field(default_factory=list)
     equal: bool = True
 
 
@@ -90,14 +93,17 @@ def contenders(model: PreTrainedModel, cache: str) -> list[Contender]:
 def run(contender: Contender, ids: torch.Tensor, cache: str, tokens: int) -> torch.Tensor:
     arguments = dict(contender.arguments)
     if cache == "static":
-        arguments["past_key_values"] = StaticCache(contender.model.config, max_cache_len=256)
+        length = -(-(ids.shape[1] + tokens) // 256) * 256
+        arguments["past_key_values"] = StaticCache(contender.model.config, max_cache_len=length)
     return contender.model.generate(
         ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, **arguments
     )
 
 
-def measure(rows: list[Contender], cache: str, tokens: int, rounds: int) -> None:
-    prompts = [torch.randint(0, 500, (1, n), generator=torch.Generator().manual_seed(n)) for n in PROMPTS]
+def measure(rows: list[Contender], cache: str, tokens: int, prefill: int, rounds: int) -> None:
+    *prompts, long = [
+        torch.randint(0, 500, (1, n), generator=torch.Generator().manual_seed(n)) for n in (*PROMPTS, prefill)
+    ]
     wanted = [run(rows[0], ids, cache, tokens) for ids in prompts]
     for row in rows:
         before = counters["stats"]["unique_graphs"]
@@ -107,31 +113,38 @@ def measure(rows: list[Contender], cache: str, tokens: int, rounds: int) -> None
         answers += [run(row, ids, cache, tokens) for ids in prompts[1:]]
         row.graphs = counters["stats"]["unique_graphs"] - before
         row.equal = all(torch.equal(a, b) for a, b in zip(answers, wanted, strict=True))
+        run(row, long, cache, 1)  # whoever compiles for another length does it here
     for _ in range(rounds):
         for row in rows:
-            started = time.process_time()
-            run(row, prompts[0], cache, tokens)
-            row.seconds.append(time.process_time() - started)
+            row.seconds.append(_seconds(row, prompts[0], cache, tokens))
+            row.prefill.append(_seconds(row, long, cache, 1))
+
+
+def _seconds(row: Contender, ids: torch.Tensor, cache: str, tokens: int) -> float:
+    """CPU-seconds of an answer."""
+    started = time.process_time()
+    run(row, ids, cache, tokens)
+    return time.process_time() - started
 
 
 def table(rows: list[Contender], cache: str, tokens: int) -> list[str]:
     lines = [
-        f"| {cache} cache | ms a token | x eager | first answer, s | graphs | tokens equal |",
-        "|---|---|---|---|---|---|",
+        f"| {cache} cache | ms a token | x eager | ms a prefill | x eager | first answer, s | graphs | tokens equal |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    eager = statistics.median(rows[0].seconds)
+    eager, eager_prefill = statistics.median(rows[0].seconds), statistics.median(rows[0].prefill)
     for row in rows:
-        median = statistics.median(row.seconds)
+        median, prefill = statistics.median(row.seconds), statistics.median(row.prefill)
         lines.append(
-            f"| {row.name} | {median / tokens * 1e3:.2f} | {eager / median:.2f} | {row.first:.1f} | {row.graphs} | "
-            f"{'yes' if row.equal else 'NO'} |"
+            f"| {row.name} | {median / tokens * 1e3:.2f} | {eager / median:.2f} | {prefill * 1e3:.1f} | "
+            f"{eager_prefill / prefill:.2f} | {row.first:.1f} | {row.graphs} | {'yes' if row.equal else 'NO'} |"
         )
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("layers", 8), ("hidden", 256), ("tokens", 64), ("rounds", 7)):
+    for name, default in (("layers", 8), ("hidden", 256), ("tokens", 64), ("prefill", 256), ("rounds", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--write", action="store_true", help="replace the section in benchmarks/RESULTS.md")
     options = parser.parse_args()
@@ -141,17 +154,19 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 64  # contenders share code objects, and with them the limit
     model = build(options.layers, options.hidden)
     lines = [
-        f"{options.layers} layers, hidden {options.hidden}, {options.tokens} tokens, one thread, CPU, float32, torch "
-        f"{torch.__version__}; median of {options.rounds} interleaved rounds; compile caches empty at the start.",
+        f"{options.layers} layers, hidden {options.hidden}, {options.tokens} tokens, prefill of {options.prefill}, one "
+        f"thread, CPU, float32, torch {torch.__version__}; median of {options.rounds} interleaved rounds; compile "
+        "caches empty at the start.",
         "",
     ]
     for cache in ("dynamic", "static"):
         rows = contenders(model, cache)
-        measure(rows, cache, options.tokens, options.rounds)
+        measure(rows, cache, options.tokens, options.prefill, options.rounds)
         lines += [*table(rows, cache, options.tokens), ""]
         print("\n".join(lines), flush=True)
     if options.write:
-        write_section(f"decode-{options.layers}x{options.hidden}", "Decoding through generate()", "\n".join(lines))
+        size = f"{options.layers}x{options.hidden}"
+        write_section(f"decode-{size}", f"Decoding through generate(), {size}", "\n".join(lines))
 
 
 if __name__ == "__main__":
