@@ -95,6 +95,8 @@ class Represented:
         for end, step in enumerate(place):
             if step[0] != "item" or type(step[1]) is not int or step[1] not in self.others:
                 continue
+            if place[end - 1][0] == "mro" or str(place[end - 1][-1]).startswith("__"):
+                continue  # bases of a class, defaults and cells of a function: numbered, but not by layer
             held = self.places.node(place[:end]).value
             if not isinstance(held, (list, tuple, dict)) or len(held) < len(self.layers):
                 continue

@@ -3,7 +3,7 @@ the same."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -276,6 +276,28 @@ def test_layers_that_share_parameters() -> None:
             x = torch.rand(rows, 4)
             torch.testing.assert_close(region(x), module(x))
     assert region.eager_calls == 0
+
+
+class Deeper(Limits):
+    names: ClassVar[dict[str, float]] = {"factor": 0.5}
+
+
+class Deepest(Deeper):
+    pass
+
+
+class Inherited(Listed):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.config.names["factor"]  # type: ignore[attr-defined, no-any-return]
+
+
+def test_bases_of_a_class_are_not_counted_by_layer() -> None:
+    """A configuration with as many base classes as there are layers."""
+    config = Deepest([20] * 4)
+    layers = [Inherited(i) for i in range(4)]
+    for layer in layers:
+        layer.config = config
+    check(Stack(list(layers)), traced(4))
 
 
 def test_short_lists_are_left_alone() -> None:
