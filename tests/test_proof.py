@@ -98,6 +98,41 @@ def test_a_form_is_looked_at_once() -> None:
     assert region.proved == known and len(known) == 1
 
 
+def windowless(region: Any) -> None:
+    """A binder that forgets the window: nothing differs before a sequence is longer than that."""
+    config = copy.deepcopy(region.binder.masks.dense_config)
+    config.sliding_window = 500
+    region.binder.masks.dense_config = config
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("proving", [True, False], ids=["proved", "control"])
+def test_a_sequence_beyond_the_window_is_another_form(proving: bool) -> None:
+    """What a short prompt proved says nothing about a long one."""
+    model = tiny_model("mistral")  # a window of 8
+    short, long = tiny_inputs(model, text_len=6), tiny_inputs(model, text_len=13)
+    want = model(**long, use_cache=False).logits
+    region = applied(model)
+    windowless(region)
+    if not proving:
+        region.forms = None
+    model(**short, use_cache=False)
+    assert region.eager_calls == 0
+    got = model(**long, use_cache=False).logits
+    assert torch.allclose(got, want, atol=1e-4) == proving
+    assert region.eager_calls == int(proving)
+
+
+@torch.no_grad()
+def test_the_step_that_passes_the_window_is_proved_and_the_next_are_not() -> None:
+    """Prompt, first steps, steps beyond the window: three forms, whatever the length."""
+    model = tiny_model("mistral")
+    region = applied(model)
+    for length, tokens in ((5, 12), (6, 9)):
+        model.generate(**tiny_inputs(model, text_len=length), max_new_tokens=tokens, do_sample=False)
+    assert len(region.proved) == 3 and not any(region.proved.values()) and region.graphs == 1
+
+
 @torch.no_grad()
 def test_the_callers_cache_and_random_state_are_untouched() -> None:
     """`misfit` works on copies."""

@@ -30,6 +30,7 @@ from compile_policy_transformers.decoder_rules import rule_of
 from compile_policy_transformers.deepstack import DeepstackFeatures
 from compile_policy_transformers.embedded import PICTURES, PLACES, with_pictures
 from compile_policy_transformers.experts import grouped, looping_experts
+from compile_policy_transformers.lengths import Lengths
 from compile_policy_transformers.positions import OwnPositions
 from compile_policy_transformers.recurrent_mixers import RecurrentDecoder
 from compile_policy_transformers.repeat import DecodeSteps, Step
@@ -52,6 +53,7 @@ class DecoderBinder:
         self.parameters = inspect.signature(decoder.forward).parameters
         self.shapes: dict[torch.dtype, list[cache_layers.LayerShape]] = {}
         self.own_positions = OwnPositions(decoder)
+        self.lengths = Lengths(config)
         self.steps = DecodeSteps()
         self.features = DeepstackFeatures(decoder)
         self.seen = SeenStates(decoder)
@@ -111,7 +113,8 @@ class DecoderBinder:
         return Bound(ordered, label, fillers, _EXAMPLE_SIZES, boundary=length > 1, frequent=_FREQUENT_SIZES)
 
     def form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, torch.Tensor | None]:
-        """Kinds of the arguments; whether there is padding, one token, one row, an empty cache: each has its code."""
+        """Kinds of the arguments; whether there is padding, one token, one row, an empty cache; which lengths it is
+        beyond: each has its code."""
         values = self._by_name(args, kwargs)
         tokens = values.get("inputs_embeds") if values.get("input_ids") is None else values["input_ids"]
         if tokens is None:
@@ -119,8 +122,10 @@ class DecoderBinder:
         mask = values.get("attention_mask")
         rows = _counting_rows(mask, tokens.shape[1])
         padded = rows is not None or (isinstance(mask, torch.Tensor) and mask.dim() == 2 and not mask.all())
-        empty = values.get("past_key_values") is None or cache_layers.is_empty(values["past_key_values"])
-        return (form_of(values), padded, tokens.shape[1] == 1, tokens.shape[0] == 1, empty), rows
+        cache: Any = values.get("past_key_values")
+        empty = cache is None or cache_layers.is_empty(cache)
+        beyond = self.lengths.passed(tokens.shape[1] + (0 if empty else int(cache.get_seq_length())))
+        return (form_of(values), padded, tokens.shape[1] == 1, tokens.shape[0] == 1, empty, beyond), rows
 
     def step(self, kwargs: dict[str, Any], here: tuple[Any, ...]) -> Step | None:
         """The short road: the single-token call that repeats the last one on its cache."""

@@ -7,7 +7,8 @@ in the entry's order. The next call repeats it when
 - everything round it is equal: modes, structure, names of the arguments; arguments that are no tensors are the same
   objects, and tensors are like the last ones in class, dtype, device, layout, sizes and ``requires_grad``;
 - the cache has the same layer objects, holding the very tensors that the last step left there;
-- the sizes that grow by one (the cache, a mask) still fulfil the entry's conditions.
+- the sizes that grow by one (the cache, a mask) still fulfil the entry's conditions, and no length is passed beyond
+  which the decoder does something else.
 
 Then only new leaves are put in their places, the graph runs, and the new states go back to the layers. Cache tensors
 of one shape go through the same operations and keep one shape, so one of each shape is looked at in full. Of the
@@ -36,6 +37,7 @@ class Step:
     Attributes:
         here: modes and structure round it; ``leaves``: all its leaves in the entry's order.
         shapes: of the leaves; those in ``growing`` may differ from step to step, in one dim.
+        left: steps until the sequence is so long that a step is another form of call.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class Step:
         leaves: list[torch.Tensor],
         held: StepCache,
         inputs: StepInputs,
+        left: float,
     ) -> None:
+        self.left = left
         self.cache, self.here, self.entry = cache, here, entry
         self.leaves, self.held, self.inputs = leaves, held, inputs
         for place, t in zip(held.places, held.tensors, strict=True):
@@ -80,6 +84,7 @@ class Step:
         """Run the entry on the leaves, and give the cache its new states."""
         entry, held = self.entry, self.held
         entry.calls += 1
+        self.left -= 1
         results = entry.graph.run(self.leaves)
         if held.grows:
             held.take(results[self._results :])
@@ -97,7 +102,9 @@ class DecodeSteps:
         """The step that this call repeats, ready to run; ``None`` for a call that has to take the ordinary road."""
         cache = kwargs.get("past_key_values")
         step = self._steps.get(id(cache))
-        if step is None or step.here != here or step.cache() is not cache or not step.repeats(kwargs, cache):
+        if step is None or step.left <= 0 or step.here != here or step.cache() is not cache:
+            return None
+        if not step.repeats(kwargs, cache):
             return None
         return step
 
@@ -117,7 +124,8 @@ class DecodeSteps:
         if held is not None and inputs is not None and _repeatable(call, entry, inputs):
             steps = self._steps
             cache = weakref.ref(carrier.cache, lambda _: steps.pop(key, None))
-            steps[key] = Step(cache, here, entry, list(call.leaves), held, inputs)
+            left = binder.lengths.left(int(carrier.cache.get_seq_length()))
+            steps[key] = Step(cache, here, entry, list(call.leaves), held, inputs, left)
 
 
 def _repeatable(call: Call, entry: Entry, inputs: StepInputs) -> bool:
