@@ -252,7 +252,8 @@ def _attempt(model: PreTrainedModel, prompt: dict[str, Any], kind: str) -> Any:
     try:
         if kind == "none":
             accepts = "use_cache" in inspect.signature(model.forward).parameters
-            return [model(**prompt, **({"use_cache": False} if accepts else {})).logits]
+            logits = model(**prompt, **({"use_cache": False} if accepts else {})).logits
+            return [_without_padding(logits, prompt.get("attention_mask"))]
         options: dict[str, Any] = {"cache_implementation": "static"} if kind == "static" else {}
         generate: Any = model.generate
         out = generate(
@@ -267,6 +268,12 @@ def _attempt(model: PreTrainedModel, prompt: dict[str, Any], kind: str) -> Any:
         return list(out.logits)
     except Exception as error:
         return error
+
+
+def _without_padding(logits: torch.Tensor, mask: Any) -> torch.Tensor:
+    """The positions that somebody reads."""
+    counts = isinstance(mask, torch.Tensor) and mask.shape == logits.shape[:2]
+    return logits[mask.bool()] if counts else logits
 
 
 def _difference(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
