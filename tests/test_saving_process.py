@@ -18,10 +18,14 @@ def run(name: str, cache: Path, *options: str, inductor: Path, **environ: str) -
     """One process on the store at ``cache``; the report it prints."""
     inductor.mkdir(exist_ok=True)
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'backends'}", "OMP_NUM_THREADS": "1"}
-    env |= {"TORCHINDUCTOR_CACHE_DIR": str(inductor), **environ}
+    temporary = inductor.parent / "temporary"
+    temporary.mkdir(exist_ok=True)
+    env |= {"TORCHINDUCTOR_CACHE_DIR": str(inductor), "TMPDIR": str(temporary), **environ}
     command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "saved_program.py"), name, str(cache), *options]
     ran = subprocess.run(command, capture_output=True, text=True, env=env, cwd=inductor.parent, timeout=900)
     assert ran.returncode == 0, ran.stderr[-3000:]
+    if sys.platform.startswith("linux"):  # what torch unpacks and what is compiled in passing: nothing stays behind
+        assert not [*temporary.glob("aotinductor_*"), *temporary.glob("compile_policy_*")]
     found: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
     return found
 
