@@ -30,7 +30,7 @@ from compile_policy_transformers.decoder_rules import rule_of
 from compile_policy_transformers.deepstack import DeepstackFeatures
 from compile_policy_transformers.embedded import PICTURES, PLACES, with_pictures
 from compile_policy_transformers.experts import grouped, looping_experts
-from compile_policy_transformers.lengths import Lengths
+from compile_policy_transformers.lengths import Lengths, held_by
 from compile_policy_transformers.positions import OwnPositions
 from compile_policy_transformers.recurrent_mixers import RecurrentDecoder
 from compile_policy_transformers.repeat import DecodeSteps, Step
@@ -124,7 +124,7 @@ class DecoderBinder:
         padded = rows is not None or (isinstance(mask, torch.Tensor) and mask.dim() == 2 and not mask.all())
         cache: Any = values.get("past_key_values")
         empty = cache is None or cache_layers.is_empty(cache)
-        beyond = self.lengths.passed(tokens.shape[1] + (0 if empty else int(cache.get_seq_length())))
+        beyond = self.lengths.passed(tokens.shape[1] + (0 if empty else held_by(cache)))
         return (form_of(values), padded, tokens.shape[1] == 1, tokens.shape[0] == 1, empty, beyond), rows
 
     def step(self, kwargs: dict[str, Any], here: tuple[Any, ...]) -> Step | None:

@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from transformers.cache_utils import CacheLayerMixin
+
 _NAMES = (
     *("sliding_window", "sliding_window_size", "attention_chunk_size", "local_attention_window"),
     *("original_max_position_embeddings", "max_position_embeddings"),
@@ -29,6 +31,14 @@ class Lengths:
     def left(self, held: int) -> float:
         """Single tokens that can follow ``held`` positions before the next of them is passed."""
         return next((limit - held for limit in self.limits if limit >= held), math.inf)
+
+
+def held_by(cache: Any) -> int:
+    """Positions that a cache holds; 0 for one of recurrent layers alone, which have no windows and count none."""
+    layers = getattr(cache, "layers", ())
+    if layers and not any(isinstance(layer, CacheLayerMixin) for layer in layers):
+        return 0
+    return int(cache.get_seq_length())
 
 
 def _named(values: Mapping[str, Any]) -> Iterator[int]:

@@ -27,6 +27,7 @@ from transformers.cache_utils import Cache
 from compile_policy import compat
 from compile_policy.call_key import Call
 from compile_policy.entry import Entry
+from compile_policy_transformers.lengths import held_by
 from compile_policy_transformers.step_cache import StepCache, step_cache
 from compile_policy_transformers.step_inputs import StepInputs, step_inputs
 
@@ -124,7 +125,7 @@ class DecodeSteps:
         if held is not None and inputs is not None and _repeatable(call, entry, inputs):
             steps = self._steps
             cache = weakref.ref(carrier.cache, lambda _: steps.pop(key, None))
-            left = binder.lengths.left(int(carrier.cache.get_seq_length()))
+            left = binder.lengths.left(held_by(carrier.cache))
             steps[key] = Step(cache, here, entry, list(call.leaves), held, inputs, left)
 
 
