@@ -1,7 +1,8 @@
 """A process that runs one model with a store and says what happened; the tests of saved entries start it.
 
 Arguments: the model (``tiny:<model type>``), the store's directory, and options: ``encoder`` compiles the towers too,
-``seed=N`` gives other weights, ``name=PATH`` says that they came from elsewhere, ``mode=N`` is the level.
+``seed=N`` gives other weights, ``name=PATH`` says that they came from elsewhere, ``mode=N`` is the level, ``static``
+generates with a static cache.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def main(name: str, cache: str, *options: str) -> None:
                         module.config._name_or_path = option.removeprefix("name=")
         torch.manual_seed(0)
         inputs = tiny_inputs(model, text_len=8, images=[(64, 96)] if encoder else [])
+        if "static" in options:
+            inputs["cache_implementation"] = "static"
         compiled = [_tokens(model, inputs) for _ in range(2)]
     with compile_policy.eager(model):
         eager = _tokens(model, inputs)

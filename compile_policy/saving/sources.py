@@ -104,11 +104,14 @@ class TracedCode:
 
 
 def state_of(modules: Iterable[str], places: Iterable[str]) -> dict[str, JSON]:
-    """What files and globals hold just now, as digests."""
+    """What files and globals hold just now, as digests.
+
+    A set has another order in every process, so the names are looked at in the order of the alphabet.
+    """
     stable = Stable(lenient=True)
     return {
-        "text": {module: text_digest(module) or "(none)" for module in modules},
-        "global": {place: digest(stable(_value_at(place))) for place in places},
+        "text": {module: text_digest(module) or "(none)" for module in sorted(modules)},
+        "global": {place: digest(stable(_value_at(place))) for place in sorted(places)},
     }
 
 

@@ -15,7 +15,7 @@ import types
 import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -53,6 +53,19 @@ def digest(form: Any) -> str:
     return hashlib.sha256(json.dumps(form, sort_keys=True).encode()).hexdigest()[:24]
 
 
+class _Known(NamedTuple):
+    """An object's form; which values outside of it the form refers to as being walked; the object, kept alive for its
+    id."""
+
+    form: list[str]
+    met: frozenset[int]
+    value: Any
+
+
+#: An object's id, and how it is looked at: depth, leniently, as part of a class.
+_Key: TypeAlias = tuple[int, int, bool, bool]
+
+
 class Stable:
     """Makes forms; what many values share is looked at once.
 
@@ -67,7 +80,9 @@ class Stable:
         self._active: set[int] = set()
         self._devices: dict[torch.device, str] = {}
         self._classes: dict[type, Any] = {}
-        self._objects: dict[int, tuple[str, Any]] = {}
+        self._objects: dict[_Key, _Known] = {}
+        self._looped: dict[_Key, _Known] = {}  # of objects in a loop, told by where it was entered: for one call only
+        self._met: set[int] = set()  # ids of values being walked that were met again
         self._in_class = False
 
     def __call__(self, value: Any, depth: int = 0) -> Any:
@@ -95,12 +110,16 @@ class Stable:
         if isinstance(value, type):
             return self._class(value)
         if id(value) in self._active:
+            self._met.add(id(value))
             return "itself"
         self._active.add(id(value))
         try:
             return self._compound(value, depth + 1)
         finally:
             self._active.discard(id(value))
+            self._met.discard(id(value))
+            if not self._active:
+                self._looped.clear()
 
     def device(self, device: torch.device) -> str:
         """The kind of a device, and which of that kind in the order of their appearance: the index is the machine's."""
@@ -157,6 +176,8 @@ class Stable:
             return ["module", value.__name__]
         if isinstance(value, logging.Logger):
             return ["logger", value.name]
+        if isinstance(value, torch.library.Library):
+            return ["library", value.ns, value.kind]  # what is registered on it is the process's
         if isinstance(value, weakref.ref):
             return self(value(), depth)
         if isinstance(value, torch.nn.Module):
@@ -170,13 +191,21 @@ class Stable:
         return self._opaque(value, "says nothing about itself")
 
     def _object(self, value: Any, depth: int) -> Any:
-        """An object by its attributes; a configuration that every layer holds is walked once."""
-        known = self._objects.get(id(value))
-        if known is not None:
-            return ["object", known[0]]
-        form = [_name(type(value)), self.attributes(value, depth)]
-        self._objects[id(value)] = (f"#{len(self._objects)}", value)  # kept alive, so that its id stays its own
-        return form
+        """An object by its attributes; a configuration that every layer holds is walked once.
+
+        Its form is the same wherever the walk first came to it: which of two names of one object is looked at first
+        may differ from process to process.
+        """
+        key = (id(value), depth, self.lenient, self._in_class)
+        known = self._objects.get(key) or self._looped.get(key)
+        if known is None:
+            outer, self._met = self._met, set()
+            form = ["object", _name(type(value)), digest(self.attributes(value, depth))]
+            met, self._met = self._met - {id(value)}, outer
+            known = _Known(form, frozenset(met), value)
+            (self._looped if met else self._objects)[key] = known
+        self._met |= known.met
+        return known.form
 
     def _rest(self, value: Any, depth: int) -> Any:
         return self.attributes(value, depth) if hasattr(value, "__dict__") else None
@@ -202,11 +231,12 @@ class Stable:
         if self._in_class or of_torch or cls.__module__ in _BUILT_IN:
             return ["class", _name(cls)]
         if cls not in self._classes:
-            self._in_class, (active, self._active) = True, (self._active, set())
+            around = self._active, self._met, self._looped
+            self._in_class, (self._active, self._met, self._looped) = True, (set(), set(), {})
             try:
                 own = [[name, self._member(v)] for base in cls.__mro__ for name, v in _members(base)]
             finally:
-                self._in_class, self._active = False, active
+                self._in_class, (self._active, self._met, self._looped) = False, around
             self._classes[cls] = ["class", _name(cls), digest(own)]
         return self._classes[cls]
 
