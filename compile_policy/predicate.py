@@ -144,3 +144,10 @@ class _Printer(PythonPrinter):
 
     def _print_Min(self, expr: sympy.Expr) -> str:
         return f"min({', '.join(self._print(a) for a in expr.args)})"
+
+    # Those of torch's printer propagate symbols; here are numbers, in an expression that names nothing of torch.
+    def _print_ToFloat(self, expr: sympy.Expr) -> str:
+        return f"float({self._print(expr.args[0])})"
+
+    def _helper_sqrt(self, expr: sympy.Expr) -> str:
+        return f"math.sqrt({self._print(expr)})"

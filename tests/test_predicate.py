@@ -122,6 +122,25 @@ def test_rounding_of_a_true_division_of_sizes() -> None:
     assert any("math.ceil" in c for found in ours.entries.values() for e in found for c in e.graph.accepts.conditions)
 
 
+class Scaled(nn.Module):
+    """A scale that is made of a size, as a channel attention has it; an operator takes it as a number."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = x[None, None]
+        return nn.functional.scaled_dot_product_attention(q, q, q, scale=x.shape[0] ** -0.5)[0, 0]
+
+
+def test_a_power_of_a_size_is_evaluated_as_a_number() -> None:
+    """Where a scale is fixed to one size, another size is told from it and gets its own graph; nothing raises."""
+    ours = region(Scaled(), x=0)
+    for rows in (4, 9, 4):
+        x = torch.rand(rows, 2)
+        assert torch.allclose(ours(x), Scaled()(x), atol=1e-6), rows
+    assert ours.eager_calls == 0
+    said = [c for found in ours.entries.values() for e in found for c in e.graph.accepts.conditions]
+    assert any("float(" in c for c in said) and not any("torch" in c for c in said)
+
+
 def test_static_sizes_are_conditions_too() -> None:
     """A dim without a label holds for the traced size only."""
     ours = region(Branches(), x=0)
