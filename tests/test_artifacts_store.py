@@ -373,6 +373,15 @@ def test_why_miss(tmp_path: Path) -> None:
     assert store.why_miss(wanted) == []
 
 
+def test_a_group_of_factors_that_is_missing_counts_as_many(tmp_path: Path) -> None:
+    """An index has no factors of the code: it is not nearer than the entry of which all files were edited."""
+    store = Store(tmp_path)
+    wanted = {"torch": "2.13.0", "kind": "entry", "code": {"text": {"a": "1", "b": "1", "c": "1"}}}
+    store.save(ArtifactKey({"torch": "2.13.0", "kind": "index"}), FILES, {})
+    store.save(ArtifactKey(wanted | {"code": {"text": {"a": "0", "b": "0", "c": "0"}}}), FILES, {})
+    assert store.why_miss(wanted) == [(f"code.text.{name}", "0", "1") for name in "abc"]
+
+
 def test_discarded_artifacts_make_way(tmp_path: Path) -> None:
     """One that is intact and cannot be loaded is moved aside, and the next one is kept."""
     store = Store(tmp_path)

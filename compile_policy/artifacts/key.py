@@ -88,3 +88,12 @@ def differences(stored: Mapping[str, JSON], wanted: Mapping[str, JSON], prefix: 
         elif (name in stored) != (name in wanted) or canonical(ours) != canonical(theirs):
             found.append(Difference(f"{prefix}{name}", ours, theirs))
     return found
+
+
+def weight(difference: Difference) -> int:
+    """How many factors it is about: a mapping that one of the two keys does not have at all is as many as it names."""
+    return max(_leaves(difference.stored), _leaves(difference.wanted))
+
+
+def _leaves(value: JSON) -> int:
+    return sum(map(_leaves, value.values())) if isinstance(value, dict) else 1

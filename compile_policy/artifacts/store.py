@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from compile_policy import events
 from compile_policy.artifacts.disk import PRIVATE_FILE, Disk
 from compile_policy.artifacts.folders import Folders, StoredArtifact
-from compile_policy.artifacts.key import JSON, ArtifactKey, Difference, differences, plain
+from compile_policy.artifacts.key import JSON, ArtifactKey, Difference, differences, plain, weight
 from compile_policy.artifacts.manifest import (
     MANIFEST,
     MANIFEST_BYTES,
@@ -110,7 +110,8 @@ class Store:
             for entry in self.folders.artifacts()
             if isinstance(entry.manifest, Manifest) and entry.digest != own
         ]
-        return min(candidates, key=lambda candidate: (len(candidate[0]), candidate[1]), default=([], 0.0))[0]
+        ranked = [(sum(map(weight, found)), unused, found) for found, unused in candidates]
+        return min(ranked, key=lambda candidate: candidate[:2], default=(0, 0.0, []))[2]
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
