@@ -40,7 +40,9 @@ bench: $(STAMP)  ## the benchmarks, on the CPU
 	@set -e; for f in benchmarks/bench_*.py benchmarks/call_overhead.py; do [ -e "$$f" ] || continue; echo "== $$f"; $(BIN)/python "$$f"; done
 
 bench-gpu: $(STAMP)  ## the benchmarks, on the GPU
-	@set -e; for f in benchmarks/bench_*.py; do [ -e "$$f" ] || continue; echo "== $$f"; $(BIN)/python "$$f" --device cuda; done
+	$(BIN)/python benchmarks/bench_decode.py --device cuda
+	$(BIN)/python benchmarks/bench_decode.py --device cuda --layers 16 --hidden 1024
+	$(BIN)/python benchmarks/bench_fresh.py --device cuda
 
 clean:  ## remove everything that these targets made
 	rm -rf .venv graph_dumps build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -4,9 +4,10 @@
     python benchmarks/bench_decode.py --layers 16 --hidden 1024 --tokens 24 --rounds 5 --write
 
 Every contender has its own copy of one random Llama and answers the same prompts; rounds are interleaved, so that a
-machine that slows down slows all of them. Reported: CPU milliseconds a token (median of the rounds) and the ratio to
-eager in the same run, the same for the prefill of a longer prompt (an answer of one token), the seconds that the first
-answer took, and how many graphs Dynamo made. A size is a section of its own in RESULTS.md.
+machine that slows down slows all of them. Reported: milliseconds a token (median of the rounds; processor time on a
+CPU, time until the device is done elsewhere) and the ratio to eager in the same run, the same for the prefill of a
+longer prompt (an answer of one token), the seconds that the first answer took, and how many graphs Dynamo made. A size
+is a section of its own in RESULTS.md.
 """
 
 from __future__ import annotations
@@ -101,8 +102,10 @@ def run(contender: Contender, ids: torch.Tensor, cache: str, tokens: int) -> tor
 
 
 def measure(rows: list[Contender], cache: str, tokens: int, prefill: int, rounds: int) -> None:
+    device = rows[0].model.device
     *prompts, long = [
-        torch.randint(0, 500, (1, n), generator=torch.Generator().manual_seed(n)) for n in (*PROMPTS, prefill)
+        torch.randint(0, 500, (1, n), generator=torch.Generator().manual_seed(n)).to(device)
+        for n in (*PROMPTS, prefill)
     ]
     wanted = [run(rows[0], ids, cache, tokens) for ids in prompts]
     for row in rows:
@@ -121,10 +124,16 @@ def measure(rows: list[Contender], cache: str, tokens: int, prefill: int, rounds
 
 
 def _seconds(row: Contender, ids: torch.Tensor, cache: str, tokens: int) -> float:
-    """CPU-seconds of an answer."""
-    started = time.process_time()
+    """Seconds of an answer: of the processor, or until another device is done."""
+    if ids.device.type == "cpu":
+        started = time.process_time()
+        run(row, ids, cache, tokens)
+        return time.process_time() - started
+    torch.accelerator.synchronize()
+    started = time.perf_counter()
     run(row, ids, cache, tokens)
-    return time.process_time() - started
+    torch.accelerator.synchronize()
+    return time.perf_counter() - started
 
 
 def table(rows: list[Contender], cache: str, tokens: int) -> list[str]:
@@ -146,16 +155,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("layers", 8), ("hidden", 256), ("tokens", 64), ("prefill", 256), ("rounds", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--write", action="store_true", help="replace the section in benchmarks/RESULTS.md")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # first answers are cold ones
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 64  # contenders share code objects, and with them the limit
-    model = build(options.layers, options.hidden)
+    model = build(options.layers, options.hidden).to(options.device)
+    where = "one thread, CPU" if options.device == "cpu" else torch.cuda.get_device_name()
     lines = [
-        f"{options.layers} layers, hidden {options.hidden}, {options.tokens} tokens, prefill of {options.prefill}, one "
-        f"thread, CPU, float32, torch {torch.__version__}; median of {options.rounds} interleaved rounds; compile "
+        f"{options.layers} layers, hidden {options.hidden}, {options.tokens} tokens, prefill of {options.prefill}, "
+        f"{where}, float32, torch {torch.__version__}; median of {options.rounds} interleaved rounds; compile "
         "caches empty at the start.",
         "",
     ]
@@ -165,7 +176,7 @@ def main() -> None:
         lines += [*table(rows, cache, options.tokens), ""]
         print("\n".join(lines), flush=True)
     if options.write:
-        size = f"{options.layers}x{options.hidden}"
+        size = f"{options.layers}x{options.hidden}" + ("" if options.device == "cpu" else f"-{options.device}")
         write_section(f"decode-{size}", f"Decoding through generate(), {size}", "\n".join(lines))
 
 
