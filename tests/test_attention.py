@@ -189,3 +189,26 @@ def test_configs_below_are_distinct() -> None:
     assert len({id(c) for c in found}) == len(found)
     assert {id(model.config), id(model.config.vision_config), id(model.config.text_config)} <= {id(c) for c in found}
     assert attention.configs_below(nn.Linear(2, 2)) == []
+
+
+def test_a_scale_made_of_a_size_does_not_fix_the_size() -> None:
+    """One graph for channel attention over other numbers of tokens; the same numbers as with SDPA's own scale."""
+
+    def channels(x: torch.Tensor) -> torch.Tensor:
+        return attention.dense_attention(nn.Identity(), x, x, x, None, scaling=x.shape[2] ** -0.5)[0]
+
+    graphs: list[Any] = []
+
+    def counting(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(specialize_float=True):
+        compiled = torch.compile(channels, backend=counting, fullgraph=True, dynamic=True)
+        for tokens in (5, 9, 16):
+            x = torch.randn(1, 2, tokens, 4)
+            torch._dynamo.mark_static(x, (0, 1, 3))
+            want = F.scaled_dot_product_attention(x, x, x, scale=tokens**-0.5)
+            assert torch.allclose(compiled(x), want.transpose(1, 2), atol=1e-5)
+    assert len(graphs) == 1

@@ -171,3 +171,19 @@ def test_ordinary_towers_stay_whole() -> None:
     for model_type in ("llava", "qwen2_5_vl", "paddleocr_vl"):
         tower = tiny_model(model_type).get_encoder("image")
         assert stacks_of(tower) == [] and isinstance(binder_for("encoder[image]", tower), EncoderBinder)
+
+
+def test_a_tower_that_calls_its_pictures_hidden_states_is_no_stack() -> None:
+    """florence2's backbone takes pictures under that name; it is compiled whole, one graph for any number of them."""
+    model = tiny_model("florence2")
+    tower, calls = _tower_calls(model)
+    assert stacks_of(tower) == [] and isinstance(binder_for("encoder[image]", tower), EncoderBinder)
+    cp.apply(model, cp.CompilationConfig(backend="eager", compile_mm_encoder=True))
+    with torch.no_grad():
+        for args, kwargs in calls:
+            want = _tensors(tower.forward(*args, **kwargs))
+            assert all(
+                torch.allclose(a, b, atol=1e-5) for a, b in zip(_tensors(tower(*args, **kwargs)), want, strict=True)
+            )
+    row = next(c for c in cp.report(model).components if c.role == "encoder[image]")
+    assert (row.graphs, row.eager_calls) == (1, 0)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.symbolic_shapes import has_static_value
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
@@ -93,6 +94,9 @@ def dense_attention(
     if position_bias is not None:
         # Expanded here: left to SDPA, whether it has to be is a condition on the batch.
         attention_mask = _with_bias(attention_mask, position_bias, query.dtype).expand(query.shape[0], -1, -1, -1)
+    if scaling is not None and not has_static_value(scaling):
+        # Made of a size, as channel attention has it. SDPA takes a number: the graph would hold for one size.
+        query, scaling = query * scaling, 1.0
     if explicit:
         out = _explicit(query, key, value, attention_mask, scaling, softcap, sinks)
     else:

@@ -49,6 +49,8 @@ def stacks_of(tower: nn.Module) -> list[tuple[str, nn.Module]]:
 def is_stack(module: nn.Module) -> bool:
     """Whether ``module`` is a stack of layers over hidden states."""
     lists = [child for child in module.children() if isinstance(child, nn.ModuleList) and len(child)]
+    if any(isinstance(m, nn.Conv2d) and max(m.stride) > 1 for m in module.modules()):
+        return False  # it takes the pictures themselves, by whatever name (florence2)
     return _over_states(module) and any(all(_over_states(layer) for layer in layers) for layers in lists)
 
 
