@@ -6,12 +6,13 @@ to tensors.
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,12 +22,24 @@ _UNTRACEABLE = "Keep {name} out of forward, or behind `if not torch.compiler.is_
 _FAKE = "Register a fake for it: torch.library.register_fake('{name}')."
 _CLASS = re.compile(r"(\s*)class (\w+)")
 _KEYWORD = re.compile(r"((?:for|if|elif|while|assert)(?= )|)")
-_CALLED = re.compile(r"Explanation: Dynamo does not know how to trace [^`]*`([\w.]+)")
+_CALLED = re.compile(r"Explanation: Dynamo does not know how to trace [^`]*`([\w.]+)(?:` of class `(\w+))?")
 _NO_FAKE = re.compile(r"unsupported operator: ([\w.]+)")
 _NODE = re.compile(
     r"call_\w+ (?:<[^>]*?([\w.]+)(?: of type object at 0x\w+| at 0x\w+)?>|([\w.]+))\(.*got \w+\(['\"](.*)['\"]"
 )
 _HINT = re.compile(r"^\s*Hint: (.*)$", re.M)
+_helpers: set[str] = set()  # names of Python packages
+_known: dict[str, tuple[str, str]] = {}  # operation -> (cause, remedy)
+
+
+def helpers_of_models(package: str) -> None:
+    """Declare that the lines of a Python package are no model's own: who calls it is named instead, where known."""
+    _helpers.add(package)
+
+
+def known_cause(op: str, cause: str, remedy: str) -> None:
+    """Declare what it means that ``op`` cannot be traced, where a library has a reason of its own."""
+    _known[op] = cause, remedy
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,9 @@ def _read(cause: BaseException, text: str, code: str, cls: str) -> tuple[str, st
         return _decision(code), _BRANCHLESS.format(where=where), _KEYWORD.match(code + " ")[1]  # type: ignore[index]
     called = _CALLED.search(text)
     if called is not None:
-        name = called[1].rstrip(".")
+        name = ".".join(part for part in (called[2], called[1].rstrip(".")) if part)
+        if name in _known:
+            return *_known[name], name
         return f"{name} cannot be traced", _UNTRACEABLE.format(name=name, where=where), name
     operator = _NO_FAKE.search(text)
     if operator is not None:
@@ -119,12 +134,13 @@ def _data_dependent(cause: BaseException, text: str) -> bool:
 
 
 def _model_frame(cause: BaseException) -> traceback.FrameSummary | None:
-    """The innermost frame that belongs neither to torch nor to this package."""
+    """The innermost frame that belongs neither to torch nor to this package, nor, if possible, to a helper."""
     stack: Sequence[traceback.FrameSummary] = getattr(cause, "real_stack", None) or traceback.extract_tb(
         cause.__traceback__
     )
-    ours = tuple(_own_folders())
-    return next((f for f in reversed(stack) if f.line and not os.path.abspath(f.filename).startswith(ours)), None)
+    ours, helpers = tuple(_own_folders()), tuple(_folders(_helpers))
+    there = [f for f in reversed(stack) if f.line and not os.path.abspath(f.filename).startswith(ours)]
+    return next((f for f in there if not os.path.abspath(f.filename).startswith(helpers)), there[0] if there else None)
 
 
 def _own_folders() -> Iterator[str]:
@@ -132,9 +148,30 @@ def _own_folders() -> Iterator[str]:
     names = [
         n for n in list(sys.modules) if n == "compile_policy" or (n.startswith("compile_policy_") and "." not in n)
     ]
-    for name in ("torch", *names):
-        for folder in getattr(sys.modules[name], "__path__", ()):
+    return _folders(("torch", *names))
+
+
+def _folders(packages: Iterable[str]) -> Iterator[str]:
+    for name in packages:
+        for folder in getattr(sys.modules.get(name), "__path__", ()):
             yield os.path.abspath(folder) + os.sep
+
+
+def place_in(function: Callable[..., Any], text: str, *, last: bool = False) -> str:
+    """Place (file without its folders, and line) of the first or last line of ``function`` that contains ``text``.
+
+    Returns:
+        Where the function begins, if none does; an empty string, if its source is not there.
+    """
+    try:
+        function = inspect.unwrap(function)
+        lines, first = inspect.getsourcelines(function)
+        file = os.path.basename(inspect.getsourcefile(function) or "")
+    except (OSError, TypeError):
+        return ""
+    found = [i for i, line in enumerate(lines) if text in line]
+    begins = next((i for i, line in enumerate(lines) if line.lstrip().startswith("def ")), 0)
+    return f"{file}:{first + (found[-1 if last else 0] if found else begins)}"
 
 
 def _class_at(file: str, line: int) -> str:

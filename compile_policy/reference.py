@@ -15,6 +15,7 @@ from compile_policy.call_key import CONSTANTS, Call, adapted, collect_state, reb
 from compile_policy.compiled import CompiledGraph
 from compile_policy.errors import NotCompilable
 from compile_policy.example import copies
+from compile_policy.failure import place_in
 from compile_policy.fingerprint import difference, fingerprint
 
 #: Largest error of a compiled entry against eager on the example, relative to the largest value of the tensor.
@@ -84,7 +85,7 @@ class Reference:
         leaves = [leaf for _, leaf in with_paths]
         self.paths = [_steps(path) for path, leaf in with_paths if isinstance(leaf, torch.Tensor)]
         self.flags = [(_steps(path), int(leaf)) for path, leaf in with_paths if isinstance(leaf, bool)]
-        self.leaves = tuple(_describe(leaf, values) for leaf in leaves)
+        self.leaves = tuple(_describe(leaf, values, module) for leaf in leaves)
         state = [tensors for name, spec in call.spec for tensors in collect_state(spec, values[name])]
         self.state_sizes = [len(tensors) for tensors in state]
         self.tensors = [x for x in leaves if isinstance(x, torch.Tensor)] + [t for ts in state for t in ts]
@@ -219,7 +220,7 @@ def _version(t: torch.Tensor) -> int | None:
     return None if t.is_inference() else t._version
 
 
-def _describe(leaf: Any, values: dict[str, Any]) -> tuple[Any, ...]:
+def _describe(leaf: Any, values: dict[str, Any], module: torch.nn.Module) -> tuple[Any, ...]:
     if isinstance(leaf, torch.Tensor):
         return ("tensor",)
     for name, value in values.items():
@@ -227,7 +228,11 @@ def _describe(leaf: Any, values: dict[str, Any]) -> tuple[Any, ...]:
             return ("value", name)
     if leaf is None or isinstance(leaf, (bool, str)):
         return ("const", leaf)
-    raise NotCompilable(f"forward returns a {type(leaf).__name__}, which a graph cannot return")
+    where = place_in(type(module).forward, "return", last=True)
+    raise NotCompilable(
+        f"{type(module).__name__}.forward returns a {type(leaf).__name__} ({where}), which a graph cannot return",
+        remedy="Do not ask for it, or leave it out in a subclass (compile_policy.layers.override, replace_layers_).",
+    )
 
 
 def _steps(path: Any) -> tuple[tuple[bool, Any], ...]:

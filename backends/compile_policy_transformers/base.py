@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from compile_policy.errors import UnsupportedModelError
+from compile_policy.failure import place_in
 
 from .components import Found, as_model, holds, qualname, rule_for
 from .multimodal import decoder_as_named, find_encoders
@@ -110,7 +111,15 @@ def _descend(module: nn.Module, others: list[nn.Module]) -> tuple[nn.Module, str
         if below:
             return _descend(max(below, key=_size), others)
     names = " and ".join(sorted({type(other).__name__ for other in inside}))
-    return module, f"{type(module).__name__} holds {names} beside its own layers, so neither can be compiled alone"
+    own = f"{type(module).__name__} holds {names} beside its own layers"
+    return module, f"{own} and calls it itself ({_calls(module, inside[0])}), so neither can be compiled alone"
+
+
+def _calls(module: nn.Module, inner: nn.Module) -> str:
+    """The line of ``module``'s forward that calls ``inner``, or what holds it."""
+    path = qualname(module, inner)
+    assert path
+    return place_in(type(module).forward, f"self.{path.split('.')[0]}(")
 
 
 def _holds_blocks(module: nn.Module, others: list[nn.Module]) -> bool:

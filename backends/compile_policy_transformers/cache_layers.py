@@ -30,6 +30,7 @@ from transformers.cache_utils import (
 )
 
 from compile_policy.errors import NotCompilable
+from compile_policy.failure import place_in
 from compile_policy_transformers import cache_states as states
 
 #: Class of a layer -> how its keys and values are kept.
@@ -136,7 +137,12 @@ def _shape(layer: Any) -> LayerShape:
 
 
 def unknown(layer: Any) -> NotCompilable:
-    return NotCompilable(f"the cache has a {type(layer).__name__}, which the policy cannot pass to a graph yet")
+    name = type(layer).__name__
+    where = place_in(type(layer), f"class {name}")
+    return NotCompilable(
+        f"the cache has a {name} ({where}), which the policy cannot pass to a graph yet",
+        remedy="Give a cache whose layers are Transformers' own (DynamicCache, StaticCache), or use_cache=False.",
+    )
 
 
 def fresh_cache(config: Any, encoded: bool = False) -> Cache:

@@ -16,10 +16,18 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import output_capturing as output_capturing_of_transformers
 
 from compile_policy.audit import register_lookup_table
+from compile_policy.failure import helpers_of_models, known_cause
 from compile_policy.walk import trace_hooks_of
 
 trace_hooks_of(output_capturing_of_transformers.__name__)  # they note what the graph returns
 trace_hooks_of("transformers.modeling_utils")  # makes embeddings require gradients, outside the graph
+helpers_of_models("transformers.utils")  # decorators around a model's methods
+known_cause(  # CompileableContextVar.reset: the inner model's ends what the outer one's set() began
+    "ContextVar.get",
+    "before this line a model inside was called, which ended the collecting of outputs for both; what is asked after "
+    "that (ContextVar.get) cannot be traced",
+    "Call the model inside in the one around, and hand its result in as an argument, in subclasses of both.",
+)
 #: Set on a model that has its output-capturing hooks.
 _CAPTURING = "_output_capturing_hooks_installed"
 #: Among what is collected: which hidden states are wanted. Argument of the collecting decorator.

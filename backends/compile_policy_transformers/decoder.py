@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from compile_policy.call_key import Call
 from compile_policy.entry import Entry
 from compile_policy.errors import NotCompilable
+from compile_policy.failure import place_in
 from compile_policy.proof import form_of
 from compile_policy.region import Bound
 from compile_policy_transformers import attention, cache_layers, caches, compat
@@ -37,7 +38,11 @@ from compile_policy_transformers.repeat import DecodeSteps, Step
 
 #: Visual tokens are some of the example's 2 x 3 positions.
 _EXAMPLE_SIZES = {"batch": 2, "sequence": 3, "visual_tokens": 5}
-_NO_TOKENS = "Give one of them. A decoder that begins behind its embeddings has no rule yet, and runs eager."
+_NO_TOKENS = "Have its forward take inputs_embeds, in a subclass (compile_policy.layers.override, replace_layers_)."
+_EMPTY = "which a graph is given with places for the empty slots of a static cache"
+_GROW = "Leave cache_implementation='static' out, or give a DynamicCache, which has no empty slots."
+#: First argument of a decoder that begins behind its embeddings (git).
+_BEHIND = "hidden_states"
 #: Decoding takes one token after the other.
 _FREQUENT_SIZES = {"batch": 1, "sequence": 1}
 
@@ -51,6 +56,8 @@ class DecoderBinder:
         self.rule = rule_of(config)
         self.masks = DecoderMasks(decoder)
         self.parameters = inspect.signature(decoder.forward).parameters
+        behind = "inputs_embeds" not in self.parameters and next(iter(self.parameters), "") == _BEHIND
+        self.embeds_name = _BEHIND if behind else "inputs_embeds"
         self.shapes: dict[torch.dtype, list[cache_layers.LayerShape]] = {}
         self.own_positions = OwnPositions(decoder)
         self.lengths = Lengths(config)
@@ -104,11 +111,14 @@ class DecoderBinder:
             masks = prepared(module, given_mask, embeds, cache)
         else:
             masks = self._masks(given_mask, embeds, cache, text)
+        if self.rule.returns_mask and masks.shape[1] > length + (0 if cache is None else int(cache.get_seq_length())):
+            where = place_in(type(module).forward, "attention_mask=attention_mask", last=True)
+            raise NotCompilable(f"{type(module).__name__}.forward returns its mask ({where}), {_EMPTY}", remedy=_GROW)
         if masks is not None:
             values["attention_mask"] = masks
         fillers = self.features.complete(values, embeds)
         label = DecoderLabels(batch, length, cache, padding=self.rule.padding_mask)
-        self.recurrent.name_cache(values)
+        self._own_names(values)
         ordered = {name: values[name] for name in sorted(values) if values[name] is not None}
         return Bound(ordered, label, fillers, _EXAMPLE_SIZES, boundary=length > 1, frequent=_FREQUENT_SIZES)
 
@@ -134,14 +144,22 @@ class DecoderBinder:
     def ran(
         self, module: torch.nn.Module, kwargs: dict[str, Any], call: Call, entry: Entry, here: tuple[Any, ...]
     ) -> None:
-        if not (isinstance(call.values.get("past_key_values"), PairCall) or self.own_positions or self.seen.layers):
+        alike = self.embeds_name == "inputs_embeds" and not (self.own_positions or self.seen.layers)
+        if alike and not isinstance(call.values.get("past_key_values"), PairCall):
             self.steps.remember(kwargs, call, entry, here, self, module)
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         values = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         if self.recurrent.cache_name in values:
             values["past_key_values"] = values.pop(self.recurrent.cache_name)
+        if self.embeds_name in values:
+            values["inputs_embeds"] = values.pop(self.embeds_name)
         return values
+
+    def _own_names(self, values: dict[str, Any]) -> None:
+        """Name the arguments as the decoder does."""
+        self.recurrent.name_cache(values)
+        values[self.embeds_name] = values.pop("inputs_embeds")
 
     @staticmethod
     def _embeds(module: torch.nn.Module, values: dict[str, Any]) -> torch.Tensor:
@@ -149,8 +167,8 @@ class DecoderBinder:
         embeds: torch.Tensor | None = values.get("inputs_embeds")
         if embeds is None:
             if ids is None:
-                name = f"{type(module).__module__.rpartition('.')[2]}.py, {type(module).__name__}.forward"
-                raise NotCompilable(f"{name} was called with neither input_ids nor inputs_embeds", remedy=_NO_TOKENS)
+                where = f"{type(module).__name__}.forward ({place_in(type(module).forward, 'def forward')})"
+                raise NotCompilable(f"{where} was called with neither input_ids nor inputs_embeds", remedy=_NO_TOKENS)
             embeds = module.get_input_embeddings()(ids)  # type: ignore[operator]
             values["inputs_embeds"] = embeds
         elif ids is not None:
@@ -195,7 +213,7 @@ class DecoderBinder:
     def _shapes_after(self, module: torch.nn.Module, call: Mapping[str, Any]) -> list[cache_layers.LayerShape]:
         cache = cache_layers.fresh_cache(self.config, call.get("encoder_hidden_states") is not None)
         values = {**call, "past_key_values": cache, "use_cache": True}
-        self.recurrent.name_cache(values)
+        self._own_names(values)
         with torch.no_grad():
             module.forward(**values)
         own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache

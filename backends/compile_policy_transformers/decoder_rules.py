@@ -21,6 +21,7 @@ class DecoderRule:
         why: what it does with the argument; ``until``: what would make the row needless.
         padding_mask: it reads the padding mask itself, so the mask stays (batch, keys).
         padding_dtype: of the mask that it makes where none is given.
+        returns_mask: it returns that mask, which the graph's would differ from where a cache has empty slots.
         wraps_cache: it puts a plain `DynamicCache` into an `EncoderDecoderCache`, and returns that.
     """
 
@@ -29,6 +30,7 @@ class DecoderRule:
     until: str
     padding_mask: bool = False
     padding_dtype: torch.dtype = torch.long
+    returns_mask: bool = False
     wraps_cache: bool = False
 
 
@@ -45,6 +47,13 @@ RULES: tuple[DecoderRule, ...] = (
         until="BaseModelOutputWithAttentionMask is gone",
         padding_mask=True,
         padding_dtype=torch.float32,
+        returns_mask=True,
+    ),
+    DecoderRule(
+        "evolla",
+        "modeling_evolla.py, EvollaModel.forward: hands the padding mask on to its layers, as query_attn_mask",
+        until="EvollaModel hands on the mask of its queries alone",
+        padding_mask=True,
     ),
     DecoderRule(
         "blip_text_model",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from compile_policy.applied import apply, plan, remove, report
 from compile_policy.config import CompilationConfig
 from compile_policy.errors import PolicyError, first_line
 from compile_policy.events import Event, listening
-from compile_policy.failure import failure_of
+from compile_policy.failure import failure_of, place_in
 from compile_policy.plan import Component, ComponentReport
 from compile_policy.reference import relative_error
 from compile_policy_transformers import compat
@@ -195,7 +196,8 @@ def _cells(
             remove(model)
     wanted = [e for _, e in usable]
     return {
-        name: _judged(got, wanted, [c for c in rows if c.role in roles], told, plans) for name, roles in groups.items()
+        name: _judged(model, got, wanted, [c for c in rows if c.role in roles], told, plans)
+        for name, roles in groups.items()
     }
 
 
@@ -205,7 +207,18 @@ def _cause(error: BaseException) -> str:
     return found.cause if found.error else first_line(error)
 
 
+def _place(event: Event, module: torch.nn.Module) -> str:
+    """The line that a fallback is about: as it says, else that of the argument in the component's forward."""
+    if "file" in event.data:
+        return f"{os.path.basename(event.data['file'])}:{event.data['line']}"
+    if ".py:" in event.data["reason"]:
+        return ""  # the reason has it
+    argument = re.search(r"\bargument (\w+)", event.data["reason"])
+    return place_in(type(module).forward, argument[1] if argument else "def forward")
+
+
 def _judged(
+    model: torch.nn.Module,
     got: Sequence[Any],
     expected: Sequence[Any],
     rows: Sequence[ComponentReport],
@@ -234,8 +247,9 @@ def _judged(
         planned = plans[rows[0].qualname]
         return Cell("eager", **counts, reason=planned.reason, remedy=planned.remedy)
     for event in told:
-        if event.kind == "fallback" and any(event.component == f"{c.role} {c.qualname}".strip() for c in compiled):
-            place = f"{os.path.basename(event.data['file'])}:{event.data['line']}" if "file" in event.data else ""
+        names = {f"{c.role} {c.qualname}".strip(): c.qualname for c in compiled}
+        if event.kind == "fallback" and event.component in names:
+            place = _place(event, model.get_submodule(names[event.component]))
             return Cell("eager", **counts, reason=event.data["reason"], remedy=event.data["remedy"], place=place)
     if counts["eager_calls"]:
         return Cell("eager", **counts, reason=next((c.fallback for c in compiled if c.fallback), ""))

@@ -28,6 +28,7 @@ EXPERIMENTAL = (
 
 # These recompute their frequencies from the longest position of the call and keep them on the module.
 _DYNAMIC_ROPE = {"dynamic", "longrope"}
+_HOLDS_MORE = "Move it into the model around the decoder and hand its result in as an argument, in subclasses of both."
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def _is_offloaded(model: nn.Module) -> bool:
 
 def _decoder_obstacle(found: Found) -> Obstacle | None:
     if found.obstacle:
-        return Obstacle(found.obstacle, "Nothing to do: it runs eager until a rule for this architecture exists.")
+        return Obstacle(found.obstacle, _HOLDS_MORE)
     dynamic = sorted(compat.rope_types(found.module) & _DYNAMIC_ROPE)
     if dynamic:
         return Obstacle(

@@ -1,0 +1,122 @@
+"""What runs eager says why: the model's own line, a true cause, and a remedy."""
+
+from __future__ import annotations
+
+import linecache
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicLayer
+
+from compile_policy.events import Event
+from compile_policy.failure import place_in
+from compile_policy.options import RegionOptions
+from compile_policy.region import Region, SignatureBinder
+from compile_policy_transformers.base import find_components
+from compile_policy_transformers.cache_layers import unknown
+from compile_policy_transformers.components import meta_model
+from compile_policy_transformers.matrix import Cell, _cells, _place, _prompts
+from compile_policy_transformers.tiny import tiny_config, tiny_model
+
+
+def _cell(model_type: str, kind: str, requests: int = 1) -> Cell:
+    model = tiny_model(model_type)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        return _cells(model, _prompts(model)[:requests], kind, {"decoder": ("decoder",)})["decoder"]
+
+
+def _code(place: str) -> str:
+    """The line of a Transformers model, or of this file, that a place in a text names."""
+    found = re.search(r"(\w+)\.py:(\d+)", place)
+    assert found, place
+    file = next(m.__file__ for n, m in list(sys.modules.items()) if n.split(".")[-1] == found[1])
+    assert file
+    return linecache.getline(file, int(found[2]))
+
+
+def _decorated(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+class Bag:
+    pass
+
+
+class ReturnsMore(nn.Module):
+    @_decorated
+    def forward(self, x: torch.Tensor, more: Any = None) -> Any:
+        if more:
+            return x
+        return x + 1, Bag()
+
+
+def test_places_in_a_function() -> None:
+    """The first or last line with a text; where the function begins, behind its decorators, if there is none."""
+    forward = ReturnsMore.forward
+    assert _code(place_in(forward, "return")).strip() == "return x"
+    assert _code(place_in(forward, "return", last=True)).strip() == "return x + 1, Bag()"
+    assert _code(place_in(forward, "nowhere")).lstrip().startswith("def forward")
+    assert place_in(len, "return") == ""
+
+
+def test_a_result_that_no_graph_returns() -> None:
+    """The class, its return and a remedy are named."""
+    region = Region(
+        ReturnsMore(), role="decoder", binder=SignatureBinder({"x": {0: None}}), options=RegionOptions("eager")
+    )
+    region.attach()
+    region.module(torch.ones(3))
+    assert "ReturnsMore.forward returns a Bag" in region.fallback and "Bag()" in _code(region.fallback)
+
+
+@pytest.mark.parametrize(("model_type", "line"), [("idefics", "self.vision_model(")])
+def test_a_tower_among_the_layers(model_type: str, line: str) -> None:
+    """The line that calls the tower is named."""
+    decoder = next(f for f in find_components(meta_model(tiny_config(model_type))) if f.role == "decoder")
+    assert line in _code(decoder.obstacle)
+
+
+def test_a_decoder_behind_its_embeddings() -> None:
+    """git's decoder is called with hidden states, under that name: one graph."""
+    cell = _cell("git", "dynamic", 2)
+    assert (cell.state, cell.graphs, cell.eager_calls) == ("ok", 1, 0), cell
+
+
+def test_a_mask_that_is_returned() -> None:
+    """udop returns the mask that it was given, which a static cache would make longer."""
+    cell = _cell("udop", "static")
+    assert cell.state == "eager" and "DynamicCache" in cell.remedy, cell
+    assert "attention_mask=attention_mask" in _code(cell.reason)
+
+
+def test_a_model_inside_the_decoder() -> None:
+    """evolla's own line is named, not that of Transformers' hook, and no mask of ours is in the way before."""
+    cell = _cell("evolla", "none")
+    assert cell.state == "eager" and cell.place.startswith("modeling_evolla.py:"), cell
+    assert "before this line a model inside was called" in cell.reason and "in subclasses of both" in cell.remedy
+
+
+def test_the_place_of_an_argument() -> None:
+    """An argument that no graph takes is looked up in the signature; a line that the reason names is not repeated."""
+
+    def place(reason: str, **data: Any) -> str:
+        return _place(Event("fallback", "decoder", "", {"reason": reason, **data}), ReturnsMore())
+
+    assert "more: Any" in _code(place("argument more['x'] is a Bag"))
+    assert _code(place("no reason")).lstrip().startswith("def forward")
+    assert place("returns (m.py:3)") == "" and place("r", file="/a/b.py", line=7) == "b.py:7"
+
+
+def test_layers_of_a_cache_that_are_not_known() -> None:
+    class Own(DynamicLayer):
+        pass
+
+    why = unknown(Own())
+    assert "class Own" in _code(why.reason) and "use_cache=False" in why.remedy
