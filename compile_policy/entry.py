@@ -131,7 +131,10 @@ def difference(entry: Entry, call: Call) -> str:
     for path, before, after in zip(call.paths, mine.key[1], call.key[1], strict=False):
         if before != after:
             return f"{path}: {_describe_metadata(after)}, was {_describe_metadata(before)}"
-    return "sizes: " + "; ".join(entry.graph.accepts.failing(call.leaves)[:3])
+    accepts = entry.graph.accepts
+    failing = accepts.failing(call.leaves)
+    line = next((accepts.lines[c] for c in failing if c in accepts.lines), "")
+    return f"sizes: {'; '.join(failing[:3])}{f' ({line})' if line else ''}"
 
 
 def _brief(spec: Any) -> str:

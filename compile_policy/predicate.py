@@ -32,13 +32,19 @@ _IGNORABLE_ORIGINS = (
 # copy or without, the values are the same; that nothing is written through an alias, the proof of each form shows.
 _ASKS_FOR_COPY = re.compile(r"\.(contiguous|reshape)\(.* in run_node\)", re.DOTALL)
 _LEAF = re.compile(r"\bs\[(\d+)\]")
+_LINE = re.compile(r"# (?!nn/)(?:\S*/)?(\w+\.py:\d+) in \w+")  # of the model, not of torch.nn
 _FUNCTIONS: dict[str, Any] = {"Max": max, "Min": min, "floor": lambda x: int(x // 1), "math": math}
 
 
 class ShapeConditions:
-    """Callable on the leaves: whether their sizes fulfil every condition."""
+    """Callable on the leaves: whether their sizes fulfil every condition.
 
-    def __init__(self, conditions: Sequence[str]) -> None:
+    Attributes:
+        lines: condition -> place of the model's line that assumed it, where that is known.
+    """
+
+    def __init__(self, conditions: Sequence[str], lines: Mapping[str, str] | None = None) -> None:
+        self.lines = lines or {}
         self.conditions = tuple(dict.fromkeys(conditions))
         self._test: Callable[[Sequence[Any]], bool] = eval(_source(self.conditions), dict(_FUNCTIONS))
         self._narrowed: dict[Any, Callable[[Sequence[Any]], bool]] = {}
@@ -89,6 +95,7 @@ def conditions_of(env: Any, leaves: Sequence[torch.Tensor], shapes: Mapping[int,
     places = [(f"s[{i}][{d}]", size) for i, shape in sorted(shapes.items()) for d, size in enumerate(shape)]
     names = _first_places(places, env, len(leaves))
     conditions = [c for place, size in places for c in _dim_condition(names, place, size)]
+    lines: dict[str, str] = {}
     printer = _Printer(names)
     for guard in env.guards:
         if not guard.expr.free_symbols or _ignorable(guard):
@@ -97,7 +104,10 @@ def conditions_of(env: Any, leaves: Sequence[torch.Tensor], shapes: Mapping[int,
         if unknown:
             raise RuntimeError(f"the trace assumed {guard.expr}, and {unknown} is no size of an input")
         conditions.append(f"({printer.doprint(guard.expr)})")
-    return ShapeConditions(conditions)
+        line = _LINE.search(guard_origin(guard))
+        if line is not None:
+            lines.setdefault(conditions[-1], line[1])
+    return ShapeConditions(conditions, lines)
 
 
 def _ignorable(guard: Any) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicLayer
 
-from compile_policy.events import Event
+from compile_policy.events import Event, listening
 from compile_policy.failure import place_in
 from compile_policy.options import RegionOptions
 from compile_policy.region import Region, SignatureBinder
@@ -112,6 +112,26 @@ def test_the_place_of_an_argument() -> None:
     assert "more: Any" in _code(place("argument more['x'] is a Bag"))
     assert _code(place("no reason")).lstrip().startswith("def forward")
     assert place("returns (m.py:3)") == "" and place("r", file="/a/b.py", line=7) == "b.py:7"
+
+
+class Remainder(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] % 4 > 0:
+            return x + 1
+        return x * 2
+
+
+def test_another_graph_for_other_sizes() -> None:
+    """The line that divides the sizes is named."""
+    told: list[Event] = []
+    binder, options = SignatureBinder({"x": {0: None}}), RegionOptions("eager")
+    region = Region(Remainder(), role="decoder", binder=binder, options=options)
+    region.attach()
+    with listening(told.append):
+        for n in (7, 8, 9, 12):
+            region.module(torch.ones(n))
+    [difference] = [e.data["difference"] for e in told if e.kind == "new_entry"]
+    assert region.graphs == 2 and "% 4 > 0" in _code(difference), difference
 
 
 def test_layers_of_a_cache_that_are_not_known() -> None:

@@ -36,6 +36,10 @@ _ENCODERS = {"vision": ("encoder[image]", "encoder[video]"), "audio": ("encoder[
 NEW_TOKENS = 4
 #: Of the largest logit. Eager and captured code run the same operators in float32; what is wrong is wrong by far more.
 TOLERANCE = 1e-3
+_OTHER_SIZES = (
+    "Bring the inputs to sizes on one side of these conditions, or write that part without them, in a subclass "
+    "(compile_policy.layers.override, replace_layers_)."
+)
 
 
 #: Text-only decoders beside the multimodal ones.
@@ -258,7 +262,8 @@ def _judged(
     if all(c.graphs <= 1 for c in compiled):
         return Cell("ok", **counts)
     reasons = [e.data["difference"] for e in told if e.kind == "new_entry"]
-    return Cell("graphs", **counts, reason=reasons[0] if reasons else "")
+    sized = bool(reasons) and reasons[0].startswith("sizes: ")
+    return Cell("graphs", **counts, reason=reasons[0] if reasons else "", remedy=_OTHER_SIZES if sized else "")
 
 
 def _attempt(model: PreTrainedModel, prompt: dict[str, Any], kind: str) -> Any:
