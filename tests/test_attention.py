@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from compile_policy_transformers import attention
 from compile_policy_transformers.tiny import tiny_inputs, tiny_model
@@ -67,12 +68,22 @@ def test_dense_single_token() -> None:
 
 
 def test_dense_without_mask() -> None:
-    """Without a mask an encoder attends everywhere, and a causal module is refused instead of being wrong."""
+    """Without a mask an encoder attends everywhere; a causal module is refused in a trace, where it would be wrong."""
     q, k, v = _qkv()
     got, _ = attention.dense_attention(FREE, q, k, v, None)
     torch.testing.assert_close(got, _plain(q, k, v, None))
-    with pytest.raises(RuntimeError, match="causal and was called without a mask"):
-        attention.dense_attention(CAUSAL, q, k, v, None)
+    traced = torch.compile(lambda: attention.dense_attention(CAUSAL, q, k, v, None), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="causal and was called without a mask"):
+        traced()
+
+
+@pytest.mark.parametrize("queries", [1, 9])
+def test_a_mask_that_another_thread_left_to_sdpa(queries: int) -> None:
+    """A thread that began eager, before this one set out to trace, gets what Transformers' own attention gives it."""
+    q, k, v = _qkv(queries=queries, kv_heads=4)
+    got, _ = attention.dense_attention(CAUSAL, q, k, v, None)
+    want, _ = sdpa_attention_forward(CAUSAL, q, k, v, None)
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])

@@ -80,7 +80,10 @@ def dense_attention(
     """
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     if attention_mask is None and causal:
-        raise RuntimeError(f"{type(module).__name__} is causal and was called without a mask")
+        if torch.compiler.is_compiling():
+            raise RuntimeError(f"{type(module).__name__} is causal and was called without a mask")
+        # Another thread runs eager: it began, and left its mask to SDPA, before this thread set out to trace.
+        attention_mask = _left_to_sdpa(query, key)
     groups = query.shape[1] // key.shape[1]
     if getattr(module, "num_key_value_groups", groups) != groups:
         raise ValueError(f"{query.shape[1]} heads of queries do not fit {key.shape[1]} of keys and values")
@@ -105,6 +108,12 @@ def dense_attention(
         )
     # Not .contiguous(): that asks whether a copy is needed, and the answer differs for a single token.
     return out.transpose(1, 2).clone(memory_format=torch.contiguous_format), None
+
+
+def _left_to_sdpa(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """What Transformers' own SDPA attention hides from a causal module that was given no mask."""
+    queries, keys = query.shape[2], key.shape[2]
+    return None if queries == 1 else torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
 
 
 def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
