@@ -16,7 +16,8 @@ from compile_policy_transformers.cross_states import SeenStates, encoded_states
 from compile_policy_transformers.decoder_masks import as_prepared, prepared, prepares_own
 from compile_policy_transformers.embedded import with_pictures
 from compile_policy_transformers.experts import grouped, looping_experts
-from compile_policy_transformers.matrix import _cells, _prompts
+from compile_policy_transformers.matrix import _cells
+from compile_policy_transformers.matrix_requests import prompts_of
 from compile_policy_transformers.tiny import tiny_config, tiny_inputs, tiny_model
 
 #: Rule -> an architecture that runs by it.
@@ -40,7 +41,7 @@ def test_rules_are_needed(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(WITH[rule])
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        cell = _cells(model, _prompts(model)[:2], "dynamic", {"decoder": ("decoder",)})["decoder"]
+        cell = _cells(model, prompts_of(model)[:2], "dynamic", {"decoder": ("decoder",)})["decoder"]
     assert cell.state == "eager" and cell.reason, cell
 
 

@@ -7,7 +7,8 @@ import warnings
 import pytest
 import torch
 
-from compile_policy_transformers.matrix import KINDS, TOLERANCE, _cells, _prompts
+from compile_policy_transformers.matrix import KINDS, TOLERANCE, _cells
+from compile_policy_transformers.matrix_requests import prompts_of
 from compile_policy_transformers.tiny import tiny_model
 
 DECODER = {"decoder": ("decoder",)}
@@ -42,7 +43,7 @@ def _measured(model_type: str, kind: str, most: int) -> None:
     model = tiny_model(model_type)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        cell = _cells(model, _prompts(model), kind, DECODER)["decoder"]
+        cell = _cells(model, prompts_of(model), kind, DECODER)["decoder"]
     assert cell.calls > 0 and cell.eager_calls == 0, cell
     assert cell.graphs <= most and cell.error <= TOLERANCE, cell
 

@@ -14,7 +14,8 @@ from rich.console import Console
 from compile_policy.cli import main
 from compile_policy.cli.matrix import versions
 from compile_policy.cli.matrix_page import lines_about, page, reasons, row_lines, table, totals
-from compile_policy_transformers.matrix import TOLERANCE, _attempt, _prompts, matrix_types, measure
+from compile_policy_transformers.matrix import TOLERANCE, _attempt, matrix_types, measure
+from compile_policy_transformers.matrix_requests import prompts_of
 from compile_policy_transformers.tiny import tiny_model
 
 VERSIONS = {"torch": "2.13.0", "transformers": "5.23.0"}
@@ -47,7 +48,7 @@ def test_what_does_not_hold_has_its_reason() -> None:
 
 def test_a_model_that_needs_a_picture_has_requests() -> None:
     """It says so before it says that it takes no sound."""
-    prompts = _prompts(tiny_model("kosmos-2"))
+    prompts = prompts_of(tiny_model("kosmos-2"))
     assert prompts and all("pixel_values" in prompt for prompt in prompts)
 
 
@@ -55,7 +56,7 @@ def test_a_model_that_needs_a_picture_has_requests() -> None:
 def test_what_padding_gives_does_not_count() -> None:
     """Nobody reads it, and fully masked rows differ between kernels; every other position counts."""
     model = tiny_model("llama")
-    prompt = next(p for p in _prompts(model) if not p["attention_mask"].all())
+    prompt = next(p for p in prompts_of(model) if not p["attention_mask"].all())
     (found,) = _attempt(model, prompt, "none")
     whole = model(**prompt).logits
     assert len(found) == prompt["attention_mask"].sum() < whole.shape[0] * whole.shape[1]

@@ -21,7 +21,8 @@ from compile_policy.region import Region, SignatureBinder
 from compile_policy_transformers.base import find_components
 from compile_policy_transformers.cache_layers import unknown
 from compile_policy_transformers.components import meta_model
-from compile_policy_transformers.matrix import Cell, _cells, _place, _prompts
+from compile_policy_transformers.matrix import Cell, _cells, _place
+from compile_policy_transformers.matrix_requests import prompts_of
 from compile_policy_transformers.tiny import tiny_config, tiny_model
 
 
@@ -29,7 +30,7 @@ def _cell(model_type: str, kind: str, requests: int = 1) -> Cell:
     model = tiny_model(model_type)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        return _cells(model, _prompts(model)[:requests], kind, {"decoder": ("decoder",)})["decoder"]
+        return _cells(model, prompts_of(model)[:requests], kind, {"decoder": ("decoder",)})["decoder"]
 
 
 def _code(place: str) -> str:

@@ -12,7 +12,7 @@ import inspect
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,8 +27,8 @@ from compile_policy.failure import failure_of, place_in
 from compile_policy.plan import Component, ComponentReport
 from compile_policy.reference import relative_error
 from compile_policy_transformers import compat
-from compile_policy_transformers.tiny import tiny_inputs, tiny_model
-from compile_policy_transformers.tiny.sounds import SOUNDS
+from compile_policy_transformers.matrix_requests import altered, prompts_of
+from compile_policy_transformers.tiny import tiny_model
 
 KINDS = ("none", "dynamic", "static")
 #: What is judged together: name -> roles. One tower often serves pictures and video.
@@ -54,26 +54,6 @@ def matrix_types() -> list[str]:
     multimodal = [t for task in ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM") for t in compat.model_class_names(task)]
     known = compat.model_class_names("CAUSAL_LM")
     return sorted({*multimodal, *(t for t in TEXT if t in known)})
-
-
-@dataclass(frozen=True)
-class Request:
-    """One batch of prompts: height and width of each row's pictures, frames of each row's pieces of sound."""
-
-    text: int
-    pictures: tuple[tuple[int, int], ...] = ()
-    sounds: tuple[int, ...] = ()
-    batch: int = 1
-
-
-REQUESTS = (
-    Request(9, ((56, 56),), (40,)),
-    Request(14, ((56, 84), (84, 56)), (72, 37), batch=2),
-    Request(23, ((84, 84),), (130,), batch=3),
-    Request(11),
-    Request(8, ((56, 112), (56, 56), (112, 56)), (24, 205, 61)),
-    Request(17, batch=2),
-)
 
 
 @dataclass(frozen=True)
@@ -132,7 +112,7 @@ def measure(model_type: str) -> Row:
         return Row(model_type, obstacle=f"cannot be built: {first_line(error)}")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        prompts = _prompts(model)
+        prompts = prompts_of(model)
         if not prompts:
             return Row(model_type, type(model).__name__, obstacle="no request runs eager")
         decoder = {kind: _cells(model, prompts, kind, {"decoder": ("decoder",)})["decoder"] for kind in KINDS}
@@ -146,35 +126,6 @@ def _planned(model: PreTrainedModel) -> Sequence[ComponentReport]:
     rows = report(model).components
     remove(model)
     return rows
-
-
-def _prompts(model: PreTrainedModel) -> list[dict[str, Any]]:
-    """The requests that the model takes eager; text alone, or several pictures, are not for every model."""
-    prompts = []
-    blind = _refuses(model, images=REQUESTS[0].pictures)
-    # with a picture: a model that cannot do without one says that first
-    deaf = _refuses(model, images=() if blind else REQUESTS[0].pictures, sounds=REQUESTS[0].sounds)
-    for seed, request in enumerate(REQUESTS):
-        given: dict[str, Any] = {"text_len": request.text, "batch": request.batch, "seed": seed}
-        given |= {"images": () if blind else request.pictures, "sounds": () if deaf else request.sounds}
-        try:
-            inputs = tiny_inputs(model, **given)
-            model(**inputs)
-        except Exception:
-            continue
-        prompts.append(inputs)
-    return prompts
-
-
-def _refuses(model: PreTrainedModel, **what: Any) -> bool:
-    """Whether the model says that it takes no such input."""
-    try:
-        tiny_inputs(model, text_len=REQUESTS[0].text, **what)
-    except ValueError as why:
-        return "takes no" in str(why)
-    except Exception:  # what it takes fails only beside other inputs
-        return False
-    return False
 
 
 def _cells(
@@ -306,18 +257,8 @@ def _control(model: PreTrainedModel, prompts: Sequence[dict[str, Any]]) -> float
     worst = 0.0
     for prompt in prompts:
         expected = _attempt(model, prompt, "none")
-        for altered in _altered(prompt):
-            got = _attempt(model, altered, "none")
+        for other in altered(prompt):
+            got = _attempt(model, other, "none")
             if not isinstance(got, Exception) and not isinstance(expected, Exception):
                 worst = max(worst, _difference(got, expected))
     return worst
-
-
-def _altered(prompt: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    mask = prompt.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and not mask.all():
-        yield {**prompt, "attention_mask": torch.ones_like(mask)}
-    for name in ("pixel_values", "flattened_patches", *SOUNDS):
-        seen = prompt.get(name)
-        if isinstance(seen, torch.Tensor):
-            yield {**prompt, name: torch.zeros_like(seen)}
