@@ -6,6 +6,7 @@ Python to run. It takes what has no gradients; the rest goes to Inductor's JIT.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,9 +17,9 @@ from typing import Any
 import torch
 
 from compile_policy import captured, compat
-from compile_policy.blocks import BlockSummary, divide, whole
+from compile_policy.blocks import BlockSummary, Piece, divide, whole
 from compile_policy.program import Package, Program, Segment, Special
-from compile_policy.single import OPTIONS, single_row
+from compile_policy.single import OPTIONS, has_single_row, hidden_tails, single_row
 
 #: (slot of an input, dim, size)
 Sizes = Sequence[tuple[int, int, int]]
@@ -101,6 +102,10 @@ def lower_ahead(
     pieces, summary = (whole if flat else divide)(gm)
     summary = replace(summary, blocks_only=blocks_only)
     symbols = _symbols(gm, sizes)
+    as_captured = _as_captured(pieces) if blocks_only and summary.instances else {}
+    summary = replace(summary, captured=len(as_captured))
+    single = {p.form for p in pieces if p.form not in as_captured and has_single_row(p.graph, symbols)}
+    tails = hidden_tails(pieces, symbols, single)
     numbers: dict[tuple[Any, ...], int] = {}
     special: dict[int, int] = {}
     packages: list[Package] = []
@@ -110,21 +115,22 @@ def lower_ahead(
     for piece in pieces:
         if piece.form not in numbers:
             numbers[piece.form] = len(packages)
-            as_captured = _as_captured(piece.graph) if blocks_only and summary.instances and not piece.block else None
-            packages.append(as_captured or make(piece.graph))
-            if as_captured is not None:
-                summary = replace(summary, captured=summary.captured + 1)
-            single = single_row(piece.graph, symbols) if as_captured is None else None
-            if single is not None:
+            packages.append(as_captured.get(piece.form) or make(piece.graph))
+            if piece.form in single:
+                row = single_row(piece.graph, symbols, tails.get(piece.form, ()))
                 if piece.block:
-                    single.meta[OPTIONS] |= _SHORT_AND_REPEATED
+                    row.meta[OPTIONS] |= _SHORT_AND_REPEATED
                 special[numbers[piece.form]] = len(packages)
-                packages.append(make(single))
+                packages.append(make(row))
         taken = tuple(slots[node] for node in piece.inputs)
         slots.update({node: slot for slot, node in enumerate(piece.results, len(slots))})
         segments.append(Segment(numbers[piece.form], taken, tuple(slots[node] for node in piece.results)))
     results: Any = gm.graph.output_node().args[0]
-    other = Special(tuple(sizes), tuple(special.get(s.package, s.package) for s in segments)) if special else None
+    other = None
+    if special:
+        masks = {slots[piece.inputs[number]] for piece in pieces for number in tails.get(piece.form, ())}
+        instead = tuple(special.get(s.package, s.package) for s in segments)
+        other = Special(tuple(sizes), instead, tuple(sorted(masks)))
     return Program(packages, segments, tuple(slots[node] for node in results), n_inputs, other), summary
 
 
@@ -135,13 +141,16 @@ def _symbols(gm: torch.fx.GraphModule, sizes: Sizes) -> dict[Any, int]:
     return {symbol.node.expr: size for symbol, size in found if isinstance(symbol, torch.SymInt)}
 
 
-def _as_captured(gm: torch.fx.GraphModule) -> Package | None:
-    """``gm`` as a package that nothing was compiled for; ``None`` where it holds more than operators with names."""
-    try:
-        data = captured.written(gm)
-    except captured.NotWritable:
-        return None
-    return Package(data, captured.runner(data))
+def _as_captured(pieces: Sequence[Piece]) -> dict[tuple[Any, ...], Package]:
+    """Form -> package that nothing was compiled for: what surrounds blocks, where it is nothing but operators with
+    names."""
+    found = {}
+    for piece in pieces:
+        if not piece.block and piece.form not in found:
+            with contextlib.suppress(captured.NotWritable):
+                data = captured.written(piece.graph)
+                found[piece.form] = Package(data, captured.runner(data))
+    return found
 
 
 def make_package(gm: torch.fx.GraphModule, *, autotune: bool = False) -> Package:

@@ -17,9 +17,11 @@ import torch
 import torch._dynamo
 import torch._inductor
 from torch._C._dynamo.guards import TensorGuards
+from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
 from torch._inductor.package.package import package_aoti
 from torch.autograd import forward_ad, profiler
+from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.nn.modules import module as module_hooks
 from torch.utils._device import DeviceContext
 from torch.utils.hooks import RemovableHandle
@@ -367,3 +369,14 @@ def with_sizes(tensor: torch.Tensor, symbols: Mapping[Any, int]) -> torch.Tensor
     with fake.fake_mode:
         shape, strides = [number(s) for s in tensor.shape], [number(s) for s in tensor.stride()]
         return torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device)
+
+
+def of_shorter_length(tensor: torch.Tensor) -> torch.Tensor:
+    """A fake tensor like the given one, whose last dim is a symbol of its own, smaller than it was."""
+    fake: Any = tensor
+    env, size = fake.fake_mode.shape_env, fake.shape[-1]
+    hint = int(size.node.hint) - 1
+    symbol = env.create_symbol(hint, ConstantSource(f"length_{id(tensor)}"), dynamic_dim=DimDynamic.DYNAMIC)
+    length = env.create_symintnode(symbol, hint=hint)
+    with fake.fake_mode:
+        return torch.empty((*tensor.shape[:-1], length), dtype=tensor.dtype, device=tensor.device)

@@ -7,6 +7,7 @@ segments share one package, which is loaded once.
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 
 from compile_policy import captured, compat
+
+_STEP = 16  # whole vectors of keys
 
 Runner = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 #: What runs, what it is given, and the slots that nobody reads afterwards.
@@ -65,10 +68,12 @@ class Special:
     Attributes:
         sizes: (slot of an input, dim, size): all must hold.
         packages: for every segment the package that then runs instead of its own.
+        masks: slots of inputs, (1, 1, 1, keys) and true where seen, that these packages take without hidden tail.
     """
 
     sizes: tuple[tuple[int, int, int], ...]
     packages: tuple[int, ...]
+    masks: tuple[int, ...] = ()
 
 
 class Program:
@@ -102,6 +107,7 @@ class Program:
         self._steps = self._plan([s.package for s in self.segments])
         self._special_steps = self._plan(special.packages) if special else self._steps
         self._special_sizes = special.sizes if special else ()
+        self._masks = special.masks if special else ()
         self._results = picker(self.outputs)
 
     def _plan(self, packages: Sequence[int]) -> list[Step]:
@@ -122,6 +128,9 @@ class Program:
             if inputs[slot].shape[dim] != size:
                 steps = self._steps
                 break
+        else:
+            for slot in self._masks:
+                inputs[slot] = without_tail(inputs[slot])
         for run, pick, free in steps:
             inputs += run(pick(inputs))
             for slot in free:
@@ -134,7 +143,7 @@ class Program:
             "n_inputs": self.n_inputs,
             "segments": [[s.package, list(s.inputs), list(s.outputs)] for s in self.segments],
             "outputs": list(self.outputs),
-            "special": [list(map(list, self.special.sizes)), list(self.special.packages)] if self.special else None,
+            "special": [list(map(list, s.sizes)), list(s.packages), list(s.masks)] if (s := self.special) else None,
         }
 
     @classmethod
@@ -149,8 +158,12 @@ class Program:
             outputs, n_inputs = tuple(map(int, data["outputs"])), int(data["n_inputs"])
             special = None
             if data["special"] is not None:
-                sizes, others = data["special"]
-                special = Special(tuple((int(s), int(d), int(n)) for s, d, n in sizes), tuple(map(int, others)))
+                sizes, others, masks = data["special"]
+                special = Special(
+                    tuple((int(s), int(d), int(n)) for s, d, n in sizes),
+                    tuple(map(int, others)),
+                    tuple(map(int, masks)),
+                )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not the description of a program: {error!r}") from error
         return cls(packages, segments, outputs, n_inputs, special)
@@ -171,8 +184,22 @@ class Program:
             known = all(0 <= package < len(self.packages) for package in self.special.packages)
             if not known or len(self.special.packages) != len(self.segments):
                 raise ValueError("the packages for special sizes do not fit the segments")
-            if not self.special.sizes or not all(0 <= slot < self.n_inputs for slot, _, _ in self.special.sizes):
-                raise ValueError("special sizes are those of inputs")
+            slots = [*(slot for slot, _, _ in self.special.sizes), *self.special.masks]
+            if not self.special.sizes or not all(0 <= slot < self.n_inputs for slot in slots):
+                raise ValueError("special sizes and masks are those of inputs")
+
+
+def without_tail(mask: torch.Tensor) -> torch.Tensor:
+    """A mask (1, 1, 1, keys) on a CPU, true where seen, up to about the last key that is seen; all of it if none is.
+
+    Its bytes are read in place: any operator would take several times as long.
+    """
+    keys = mask.shape[3]
+    if not mask.is_contiguous():
+        return mask
+    seen = ctypes.string_at(mask.data_ptr(), keys).rfind(1) + 1
+    upto = -(-seen // _STEP) * _STEP
+    return mask.narrow(3, 0, upto) if 0 < upto < keys else mask
 
 
 def picker(slots: Sequence[int]) -> Callable[[list[Any]], list[Any]]:

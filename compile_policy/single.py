@@ -3,19 +3,21 @@
 A linear layer over one row reads its whole weight to do two operations a number, so memory is all that counts. On a
 CPU the BLAS product of a matrix and a single row is far from the speed at which memory can be read; a sum over
 products that Inductor vectorises, and fuses with what surrounds it, comes near to it. Attention of one query is two
-such sums; the operator for many queries spends more on its own preparations.
+such sums; the operator for many queries spends more on its own preparations. Over a static cache the sums end where
+the mask does: its tail, which hides the slots that nothing fills yet, is left out of it (`hidden_tails`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from compile_policy import compat
+from compile_policy.blocks import Piece
 
 #: Under this name the ``meta`` of a graph holds options of Inductor for it.
 OPTIONS = "compile_policy_options"
@@ -29,26 +31,91 @@ _OPTIONS = {
 _ATTENTION = torch.nn.functional.scaled_dot_product_attention
 
 
-def single_row(gm: GraphModule, symbols: Mapping[Any, int]) -> GraphModule | None:
+def has_single_row(gm: GraphModule, symbols: Mapping[Any, int]) -> bool:
+    """Whether ``gm`` has a linear layer of one row for the sizes that ``symbols`` gives: what `single_row` is for."""
+    return any(_is_single(node, symbols) for node in gm.graph.nodes)
+
+
+def single_row(gm: GraphModule, symbols: Mapping[Any, int], tails: Sequence[int] = ()) -> GraphModule:
     """A copy of ``gm`` for the sizes that ``symbols`` gives, with linear layers and attention of one row as sums.
 
-    ``None`` when there is no such linear layer.
+    Args:
+        tails: the inputs, by number, that are masks and come without the tail that hides everything.
     """
-    if not any(_is_single(node, symbols) for node in gm.graph.nodes):
-        return None
     graph, copies = Graph(), dict[Node, Node]()
     graph.output(graph.graph_copy(gm.graph, copies))
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    short = {inputs[number] for number in tails}
     for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            value = node.meta["example_value"]
-            copies[node].meta["example_value"] = compat.with_sizes(value, symbols)
+        if node in short:
+            copies[node].meta["example_value"] = compat.of_shorter_length(compat.with_sizes(_value(node), symbols))
+        elif node.op == "placeholder":
+            copies[node].meta["example_value"] = compat.with_sizes(_value(node), symbols)
         elif _is_single(node, symbols):
             copies[node].target = _sum_of_products
         elif _is_single_query(node, symbols):
-            copies[node].target = _attention_of_one
+            copies[node].target = _attention_of_shown if _mask_of(node) in short else _attention_of_one
     made = GraphModule(gm, graph)
     made.meta[OPTIONS] = dict(_OPTIONS)
     return made
+
+
+def hidden_tails(
+    pieces: Sequence[Piece], symbols: Mapping[Any, int], single: Container[Any]
+) -> dict[tuple[Any, ...], tuple[int, ...]]:
+    """Masks among the inputs of the whole graph that nothing but attention of one query reads.
+
+    Args:
+        pieces: all of the graph.
+        single: forms of pieces that have code for a single row.
+
+    Returns:
+        Form of a piece -> its inputs, by number, that are such masks. Pieces of one form agree on them.
+    """
+    uses = [
+        (piece, number, node) for piece in pieces for number, node in enumerate(piece.inputs) if _is_row(node, symbols)
+    ]
+    others = {
+        node
+        for piece, number, node in uses
+        if piece.form not in single
+        or any(user.op == "output" for user in node.users)
+        or not _masks_only(piece.graph, number, symbols)
+    }
+    while True:
+        found = {(piece.form, number) for piece, number, node in uses if node in others}
+        more = {node for piece, number, node in uses if (piece.form, number) in found}
+        if more <= others:
+            break
+        others |= more
+    forms: dict[tuple[Any, ...], set[int]] = {}
+    for piece, number, node in uses:
+        if node not in others:
+            forms.setdefault(piece.form, set()).add(number)
+    return {form: tuple(sorted(numbers)) for form, numbers in forms.items()}
+
+
+def _is_row(node: Node, symbols: Mapping[Any, int]) -> bool:
+    """Whether an input of the whole graph may be the mask of one query on a CPU: (1, 1, 1, keys), true where seen."""
+    value = _value(node)
+    if node.op != "placeholder" or value.dtype != torch.bool or value.dim() != 4 or value.device.type != "cpu":
+        return False
+    return isinstance(value.shape[3], torch.SymInt) and _becomes_one(math.prod(value.shape[:3]), symbols)
+
+
+def _masks_only(gm: GraphModule, number: int, symbols: Mapping[Any, int]) -> bool:
+    """Whether an input masks attention of one query, and is nothing else."""
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    readers = inputs[number].users
+    return all(_is_single_query(node, symbols) and _mask_of(node) is inputs[number] for node in readers)
+
+
+def _mask_of(node: Node) -> Any:
+    return _arguments(*node.args, **node.kwargs)[3]
+
+
+def _value(node: Node) -> Any:
+    return node.meta["example_value"]
 
 
 def _is_single(node: Node, symbols: Mapping[Any, int]) -> bool:
@@ -60,16 +127,16 @@ def _is_single(node: Node, symbols: Mapping[Any, int]) -> bool:
 
 
 def _is_single_query(node: Node, symbols: Mapping[Any, int]) -> bool:
-    """Whether the node is attention on a CPU of one query per head, as many heads as keys have, and nothing special."""
+    """Whether the node is attention on a CPU of one query per head, and nothing special."""
     if node.op != "call_function" or node.target is not _ATTENTION:
         return False
     query, key, value, _, dropout, causal = _arguments(*node.args, **node.kwargs)
-    shapes = [n.meta["example_value"].shape for n in (query, key, value) if isinstance(n, Node)]
+    shapes = [_value(n).shape for n in (query, key, value) if isinstance(n, Node)]
     if dropout != 0.0 or causal is not False or len(shapes) != 3 or any(len(shape) != 4 for shape in shapes):
         return False
-    alike = all(shape[1] == shapes[0][1] for shape in shapes) and isinstance(shapes[0][1], int)
-    on_cpu = query.meta["example_value"].device.type == "cpu"
-    return alike and on_cpu and _becomes_one(shapes[0][2], symbols)
+    heads = [shape[1] for shape in shapes]
+    fit = all(isinstance(n, int) for n in heads) and heads[0] % heads[1] == 0 and heads[1] == heads[2]
+    return fit and _value(query).device.type == "cpu" and _becomes_one(shapes[0][2], symbols)
 
 
 def _becomes_one(size: Any, symbols: Mapping[Any, int]) -> bool:
@@ -89,6 +156,14 @@ def _sum_of_products(row: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     return product.reshape(*row.shape[:-1], weight.shape[0])
 
 
+def _attention_of_shown(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """`_attention_of_one` under a mask that may end before the keys do: what is behind its end is not seen."""
+    shown = attn_mask.shape[-1]
+    return _attention_of_one(query, key.narrow(2, 0, shown), value.narrow(2, 0, shown), attn_mask, *args, **kwargs)
+
+
 def _attention_of_one(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -103,6 +178,13 @@ def _attention_of_one(
 
     A query that may see nothing gets zeros, as there.
     """
+    heads = key.shape[1]
+    groups = query.shape[1] // heads
+    if groups > 1:  # the heads of a group read the same keys, one after the other
+        query, key, value = query.unflatten(1, (heads, groups)), key.unsqueeze(2), value.unsqueeze(2)
+        if attn_mask is not None and attn_mask.dim() == 4:
+            by_head = attn_mask.shape[1] != 1
+            attn_mask = attn_mask.unflatten(1, (heads, groups)) if by_head else attn_mask.unsqueeze(2)
     exact = torch.promote_types(query.dtype, torch.float32)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query.to(exact) * key.to(exact)).sum(-1, keepdim=True).transpose(-1, -2) * factor
@@ -114,4 +196,5 @@ def _attention_of_one(
     weights = torch.exp(scores - torch.where(top == -math.inf, 0.0, top))
     total = weights.sum(-1, keepdim=True)
     mixed = (weights.transpose(-1, -2) * value.to(exact)).sum(-2, keepdim=True)
-    return (mixed / torch.where(total == 0.0, 1.0, total)).to(query.dtype)
+    result = (mixed / torch.where(total == 0.0, 1.0, total)).to(query.dtype)
+    return result.flatten(1, 2) if groups > 1 else result

@@ -242,3 +242,16 @@ def test_a_fake_tensor_with_some_sizes_filled_in() -> None:
     assert one.shape[0] == 1 and isinstance(one.shape[0], int) and isinstance(one.shape[1], torch.SymInt)
     both = compat.with_sizes(fake, {rows.node.expr: 1, columns.node.expr: 2})
     assert tuple(both.shape) == (1, 2, 4) and both.stride() == (8, 4, 1) and both.dtype == fake.dtype
+
+
+def test_a_length_of_its_own() -> None:
+    """The last dim becomes a symbol that nothing else has, smaller than the size that was there."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    policy = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC])
+    fake = mode.from_tensor(torch.rand(3, 5) > 0, symbolic_context=policy)
+    before = fake.shape[1]
+    first, second = (compat.of_shorter_length(fake).shape[1] for _ in range(2))
+    assert isinstance(first, torch.SymInt) and isinstance(second, torch.SymInt) and isinstance(before, torch.SymInt)
+    assert len({n.node.expr for n in (before, first, second)}) == 3
+    assert first.node.hint == second.node.hint == 4
+    assert compat.of_shorter_length(fake).dtype == torch.bool and compat.of_shorter_length(fake).shape[0] == 3

@@ -69,12 +69,36 @@ def test_a_program_travels_as_json() -> None:
 def test_frequent_sizes_have_packages_of_their_own() -> None:
     """The other packages run when every size is the frequent one, and only then; they travel along."""
     plain, single = _package(lambda a: (a + 1,)), _package(lambda a: (a + 2,))
-    special = Special(((0, 0, 1), (0, 1, 3)), (1, 0))
+    special = Special(((0, 0, 1), (0, 1, 3)), (1, 0), ())
     program = Program([plain, single], [Segment(0, (0,), (1,)), Segment(0, (1,), (2,))], (2,), 1, special)
     again = Program.from_dict(json.loads(json.dumps(program.to_dict())), program.packages)
     for known in (program, again):
         for shape, added in (((1, 3), 3), ((2, 3), 2), ((1, 2), 2)):
             assert torch.equal(known.run([torch.zeros(shape)])[0], torch.full(shape, float(added)))
+
+
+def test_masks_of_frequent_sizes_come_without_their_tail() -> None:
+    """Cut behind the last key that is seen, in steps; whole where none is, where the memory is strided, and for other
+    sizes. Padding in front, and holes, stay."""
+    lengths: list[int] = []
+
+    def note(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor]:
+        lengths.append(mask.shape[3])
+        return (x,)
+
+    noted = _package(note)
+    program = Program([noted], [Segment(0, (0, 1), (2,))], (2,), 2, Special(((0, 0, 1),), (0,), (1,)))
+    program = Program.from_dict(json.loads(json.dumps(program.to_dict())), program.packages)
+
+    def length(*seen: int, rows: int = 1, strided: bool = False) -> int:
+        mask = torch.zeros(1, 1, 1, 100, dtype=torch.bool)
+        mask[..., list(seen)] = True
+        mask = mask.repeat_interleave(2, dim=3)[..., ::2] if strided else mask
+        program.run([torch.zeros(rows), mask])
+        return lengths[-1]
+
+    assert [length(0), length(15), length(3, 16), length(95), length(96), length(99)] == [16, 16, 32, 96, 100, 100]
+    assert [length(), length(5, rows=2), length(5, strided=True)] == [100, 100, 100]
 
 
 @pytest.mark.parametrize(
@@ -88,11 +112,12 @@ def test_frequent_sizes_have_packages_of_their_own() -> None:
         ({"outputs": [9]}, "nothing fills"),
         ({"segments": [[0, [0, 1]]]}, "not the description"),
         ({"n_inputs": None}, "not the description"),
-        ({"special": [[[0, 0, 1]], [0, 0, 7, 0]]}, "do not fit"),
-        ({"special": [[[0, 0, 1]], [0]]}, "do not fit"),
-        ({"special": [[[5, 0, 1]], [0, 0, 1, 0]]}, "those of inputs"),
-        ({"special": [[], [0, 0, 1, 0]]}, "those of inputs"),
-        ({"special": [[[0, 0]], [0, 0, 1, 0]]}, "not the description"),
+        ({"special": [[[0, 0, 1]], [0, 0, 7, 0], []]}, "do not fit"),
+        ({"special": [[[0, 0, 1]], [0], []]}, "do not fit"),
+        ({"special": [[[5, 0, 1]], [0, 0, 1, 0], []]}, "those of inputs"),
+        ({"special": [[], [0, 0, 1, 0], []]}, "those of inputs"),
+        ({"special": [[[0, 0, 1]], [0, 0, 1, 0], [7]]}, "those of inputs"),
+        ({"special": [[[0, 0]], [0, 0, 1, 0], []]}, "not the description"),
     ],
 )
 def test_a_damaged_description_is_refused(change: dict[str, object], message: str) -> None:
