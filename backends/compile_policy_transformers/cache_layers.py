@@ -51,12 +51,13 @@ KINDS: dict[type, str] = {
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What lazy initialisation of one layer needs: empty keys and values, states, the keys of an indexer."""
+    """What lazy initialisation of one layer needs: empty keys and values, states, keys and positions of an indexer."""
 
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
     states: states.StateShapes | None = None
     indexer: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
 
 
 def initialise(cache: Cache, shapes: Sequence[LayerShape], batch: int, device: torch.device) -> None:
@@ -75,6 +76,8 @@ def initialise(cache: Cache, shapes: Sequence[LayerShape], batch: int, device: t
             states.initialise_states(layer, shape.states, batch, device)
         if shape.indexer is not None and not layer.is_indexer_initialized:
             states.initialise_indexer(layer, shape.indexer, batch, device)
+        if shape.positions is not None and layer.indexer_position_ids is None:
+            layer.indexer_position_ids = shape.positions.new_empty((len(shape.positions), batch, 0), device=device)
 
 
 def needs_initialisation(cache: Cache, shapes: Sequence[LayerShape] | None) -> bool:
@@ -101,7 +104,7 @@ def _lacks(layer: Any, shape: LayerShape | None) -> bool:
         raise unknown(layer)
     if states.is_linear(layer) and states.states_missing(layer, None if shape is None else shape.states):
         return True
-    if states.is_indexed(layer) and not layer.is_indexer_initialized and (shape is None or shape.indexer is not None):
+    if states.is_indexed(layer) and states.indexer_missing(layer, shape):
         return True
     unused = shape is not None and shape.keys is None
     return KINDS[type(layer)] != "none" and not unused and not layer.is_initialized
@@ -132,8 +135,9 @@ def _shape(layer: Any) -> LayerShape:
         keys, values = keys[:, :, :0].clone(), values[:, :, :0].clone()  # a view would keep all states alive
     else:
         keys = values = None
-    indexer = layer.indexer_keys[:, :0].clone() if states.is_indexed(layer) and layer.is_indexer_initialized else None
-    return LayerShape(keys, values, states.state_shapes(layer) if states.is_linear(layer) else None, indexer)
+    indexer, positions = states.indexer_shapes(layer)
+    linear = states.state_shapes(layer) if states.is_linear(layer) else None
+    return LayerShape(keys, values, linear, indexer, positions)
 
 
 def unknown(layer: Any) -> NotCompilable:

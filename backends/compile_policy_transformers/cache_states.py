@@ -102,6 +102,32 @@ def states_written(layer: Any) -> None:
 # -- indexers ---------------------------------------------------------------------------------------------------------
 
 
+def indexer_shapes(layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Keys (batch, 0, width) and positions (kinds, batch, 0) of an indexer that has seen a call, where there are."""
+    if not is_indexed(layer) or not layer.is_indexer_initialized:
+        return None, None
+    positions = layer.indexer_position_ids
+    return layer.indexer_keys[:, :0].clone(), None if positions is None else positions[..., :0].clone()
+
+
+def indexer_missing(layer: Any, shape: Any) -> bool:
+    """Whether what the indexer keeps has no tensor yet; before its shape is known, whether nothing has."""
+    if shape is None:
+        return not layer.is_indexer_initialized
+    lacks_keys = shape.indexer is not None and not layer.is_indexer_initialized
+    return lacks_keys or (shape.positions is not None and layer.indexer_position_ids is None)
+
+
+def positions_kept(layer: Any, known: bool) -> tuple[torch.Tensor, ...]:
+    """The positions that an indexer holds after a call.
+
+    Raises NotCompilable where a decoder starts to keep some inside the graph, whose next call would miss them.
+    """
+    if not known and layer.indexer_position_ids is not None:
+        raise NotCompilable("the decoder keeps positions in its cache that were not there before the graph")
+    return (layer.indexer_position_ids,) if known else ()
+
+
 def initialise_indexer(layer: Any, like: torch.Tensor, batch: int, device: torch.device) -> None:
     """An empty indexer; ``like`` has its dtype and, last, its width."""
     layer.lazy_initialization_indexer(torch.empty((batch, 0, like.shape[-1]), dtype=like.dtype, device=device))

@@ -163,6 +163,8 @@ def rebuild_layer(spec: tuple[Any, ...], leaves: Iterator[torch.Tensor]) -> Any:
         layer.is_indexer_initialized = True
         if inner[0] == "static":
             layer.indexer_cumulative_length = next(leaves)
+        if spec[2]:
+            layer.indexer_position_ids = next(leaves)
         return layer
     layer = object.__new__(_TWINS[kind])
     _fill(layer, kind, leaves)

@@ -23,6 +23,8 @@ from compile_policy_transformers.cache_twins import rebuild_layer, slots_to_keep
 #: Labels of the dims that vary. A full dynamic layer and a sliding one hold different lengths.
 PAST, SLIDING_PAST, SLIDING_KEPT = "past", "sliding_past", "sliding_kept"
 SLOTS, SLIDING_SLOTS = "slots", "sliding_slots"
+#: Of the positions that an indexer keeps beside slots: as many as there are tokens so far.
+INDEXED = "indexed"
 #: Label of what has the length of an encoder's output, or of what a picture gave.
 ENCODED = "encoded"
 
@@ -75,14 +77,17 @@ class _CacheAdapter:
             return ("linear", spec, states.flatten_states(layer, out, path))
         if not states.is_indexed(layer):
             return spec
-        if not layer.is_indexer_initialized or layer.indexer_position_ids is not None:
+        if not layer.is_indexer_initialized:
             raise NotCompilable("the indexer of the cache is used in a way that no graph serves yet")
         static = spec[0] == "static"
         out.add(layer.indexer_keys, f"{path}.indexer_keys", ("batch", SLOTS if static else PAST, None), mutable=static)
         if static:
             count = layer.indexer_cumulative_length
             out.add(count, f"{path}.indexer_cumulative_length", (), mutable=True, filler=_zero)
-        return ("indexed", spec)
+        positions = layer.indexer_position_ids
+        if positions is not None:  # they grow also where the slots do not
+            out.add(positions, f"{path}.indexer_position_ids", (None, "batch", INDEXED if static else PAST))
+        return ("indexed", spec, positions is not None)
 
     def _flatten_attention(
         self, layer: Any, kind: str, selects: dict[tuple[str, int, int], int], out: Leaves, path: str
@@ -132,7 +137,9 @@ class _CacheAdapter:
         for s, layer in zip(spec[1], cast(Any, value).layers, strict=True):
             grows = _attention(s)[0] in ("dynamic", "sliding")
             out += (layer.keys, layer.values) if grows else ()
-            out += (layer.indexer_keys,) if grows and s[0] == "indexed" else ()
+            if s[0] == "indexed":
+                out += (layer.indexer_keys,) if grows else ()
+                out += states.positions_kept(layer, s[2])
         return out
 
     def write_back(self, spec: Any, value: CacheCall, state: list[torch.Tensor]) -> None:
@@ -144,7 +151,9 @@ class _CacheAdapter:
                 layer.keys, layer.values = next(tensors), next(tensors)
             if kind == "dynamic" and s[0] == "indexed":
                 layer.indexer_keys = next(tensors)
-            elif kind == "sliding":
+            if s[0] == "indexed" and s[2]:
+                layer.indexer_position_ids = next(tensors)
+            if kind == "sliding":
                 layer.cumulative_length += value.query_length
             elif kind == "static_sliding":
                 seen = layer.cumulative_length_int
