@@ -21,6 +21,7 @@ import torch.fx.experimental._config as fx_config
 
 from compile_policy.audit import Account, account_for
 from compile_policy.compat import graph_argument, leaf_dim_of_source, traced_code, tracing_shape_env
+from compile_policy.compat_sizes import sizes_kept
 from compile_policy.compiled import AheadFault, Argument, CompiledGraph
 from compile_policy.lowering import Lowering
 from compile_policy.predicate import conditions_of
@@ -124,6 +125,7 @@ def _capture_settings() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch._dynamo.config.patch(specialize_int=True, specialize_float=True))
         stack.enter_context(suspended())
+        stack.enter_context(sizes_kept())
         stack.enter_context(fx_config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
         yield
 

@@ -163,3 +163,33 @@ def test_a_verdict_on_unequal_sizes_says_nothing_of_equal_ones() -> None:
         assert ours(torch.ones(3), torch.ones(5)) == 3
     assert torch.equal(ours(torch.ones(4), torch.ones(4)), torch.full((4,), 2.0))
     assert (ours.entry_count(), ours.eager_calls) == (1, 2)
+
+
+class _Assigns(nn.Module):
+    """Writes its input into a part of a tensor; ``minds``: another value where it has one row."""
+
+    def __init__(self, minds: bool) -> None:
+        super().__init__()
+        self.minds = minds
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.linear(x.transpose(1, 2)).transpose(1, 2)
+        out = x.new_zeros(x.shape[0], 4, 9)
+        if self.minds:
+            out[:, :, 2:7] = x if x.shape[0] != 1 else -x
+        else:
+            out[:, :, 2:7] = x
+        return out
+
+
+@pytest.mark.parametrize("minds", [False, True])
+def test_one_row_shares_the_graph_where_it_is_computed_alike(minds: bool) -> None:
+    """Assigning and multiplying one row needs no graph of its own, a branch on it does."""
+    module = _Assigns(minds)
+    region = Region(module, role="m", binder=SignatureBinder({"x": {0: None}}), options=RegionOptions(backend="eager"))
+    with torch.no_grad():
+        for rows in (3, 1, 2):
+            x = torch.randn(rows, 4, 5)
+            torch.testing.assert_close(region(x), module(x))
+    assert (region.graphs, region.eager_calls) == (2 if minds else 1, 0)
