@@ -17,6 +17,7 @@ from compile_policy.cli.matrix_page import lines_about, page, reasons, row_lines
 from compile_policy_transformers.matrix import TOLERANCE, _attempt, matrix_types, measure
 from compile_policy_transformers.matrix_requests import prompts_of
 from compile_policy_transformers.tiny import tiny_model
+from compile_policy_transformers.tiny.videos import VIDEOS
 
 VERSIONS = {"torch": "2.13.0", "transformers": "5.23.0"}
 
@@ -43,13 +44,21 @@ def test_what_does_not_hold_has_its_reason() -> None:
     row = measure("hunyuan_vl").to_dict()
     cell = row["encoders"]["vision"]
     assert (cell["state"], cell["eager_calls"] > 0, bool(cell["remedy"])) == ("eager", True, True)
-    assert any(reason.startswith("vision: it goes through its pictures one by one") for reason in reasons(row))
+    assert any(reason.startswith("image/video: it goes through its pictures one by one") for reason in reasons(row))
 
 
 def test_a_model_that_needs_a_picture_has_requests() -> None:
     """It says so before it says that it takes no sound."""
     prompts = prompts_of(tiny_model("kosmos-2"))
     assert prompts and all("pixel_values" in prompt for prompt in prompts)
+
+
+def test_requests_with_a_video() -> None:
+    """One alone and one beside a picture, for models that watch; a model that takes no mixture keeps the first."""
+    asked = {name: prompts_of(tiny_model(name)) for name in ("qwen2_5_vl", "molmo2", "llava")}
+    beside = {name: ["pixel_values" in p for p in prompts if VIDEOS in p] for name, prompts in asked.items()}
+    assert beside == {"qwen2_5_vl": [False, True], "molmo2": [False], "llava": []}
+    assert all(len(prompts) >= 6 for prompts in asked.values())
 
 
 @torch.no_grad()
@@ -122,7 +131,11 @@ def _row(name: str, decoder: dict[str, Any], **encoders: Any) -> dict[str, Any]:
 
 ROWS = [
     {**_row("alpha", _cell("ok"), audio=_cell("idle", reason="nothing reaches it")), "control": 1.0},
-    {**_row("beta", _cell("eager", reason="a loop", place="modeling_beta.py:7", remedy="Mask.")), "control": 1.0},
+    {
+        **_row("beta", _cell("eager", reason="a loop", place="modeling_beta.py:7", remedy="Mask.")),
+        "control": 1.0,
+        "videos": 2,
+    },
     {**_row("gamma", _cell("graphs", graphs=3), vision=_cell("wrong")), "control": 0.0},
     {"model_type": "delta", "obstacle": "cannot be built: it needs timm"},
 ]
@@ -142,8 +155,9 @@ def test_totals_and_reasons_on_the_page() -> None:
     text = page(ROWS, VERSIONS)
     assert "| `beta` | eager | eager | eager | - | - | bites |" in text
     assert "- `beta`, no cache, dynamic, static: a loop (modeling_beta.py:7). Mask." in text
-    assert "- `gamma`, vision: differs from eager." in text and "- `delta`: cannot be built" in text
+    assert "- `gamma`, image/video: differs from eager." in text and "- `delta`: cannot be built" in text
     assert "| decoder, no cache: one graph, equal | 1 of 3 | beta (eager), gamma (3) |" in text
+    assert "Given videos too, 1: beta." in text
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -153,7 +167,7 @@ def test_the_table_fits_a_terminal(width: int) -> None:
     console = Console(file=io.StringIO(), width=width)
     console.print(table(rows))
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert all(title in text for title in ("no cache", "dynamic", "static", "vision", "audio", "control"))
+    assert all(title in text for title in ("no cache", "dynamic", "static", "image/video", "audio", "control"))
     assert "…" not in text and max(map(len, text.splitlines())) <= width
 
 

@@ -89,6 +89,48 @@ def test_image_sizes_are_followed() -> None:
     assert inputs["pixel_values"].shape[0] == 24 + 4
 
 
+@pytest.mark.parametrize(
+    ("model_type", "runs"),
+    [
+        ("qwen2_5_vl", 1),  # all steps in time after one another
+        ("qwen3_vl", 3),  # each with the time before it
+        ("glm4v", 3),  # written with the token of pictures, between markers of a video
+        ("gemma4", 1),
+        ("llava_onevision", 1),
+        ("molmo2", 1),  # has one token for both
+    ],
+)
+@torch.no_grad()
+def test_videos(model_type: str, runs: int) -> None:
+    """Placeholders stand as the architecture reads them, every one finds its feature, and a blank video shows."""
+    model = tiny_model(model_type)
+    inputs = tiny_inputs(model, text_len=12, videos=[(6, 56, 84)], batch=2)
+    logits = _last(model, inputs)
+    blank = {**inputs, "pixel_values_videos": torch.zeros_like(inputs["pixel_values_videos"])}
+    assert (_last(model, blank) - logits).abs().amax(dim=1).min() > 0.1 * logits.std()
+    if "mm_token_type_ids" in inputs:
+        marks = inputs["mm_token_type_ids"][0]
+        assert set(marks.tolist()) == {0, 2}
+        assert ((marks == 2).int().diff() == 1).sum() == runs
+
+
+def test_video_sizes_are_followed() -> None:
+    """Two frames are one step in time; 28 pixels are one token."""
+    inputs = tiny_inputs(tiny_model("qwen2_5_vl"), text_len=8, images=[(28, 28)], videos=[(4, 56, 84), (3, 28, 56)])
+    assert inputs["video_grid_thw"].tolist() == [[2, 4, 6], [1, 2, 4]]
+    assert inputs["image_grid_thw"].tolist() == [[1, 2, 2]]
+    assert inputs["mm_token_type_ids"].tolist()[0].count(2) == 2 * 6 + 2
+    assert inputs["pixel_values_videos"].shape[0] == 48 + 8
+
+
+@pytest.mark.parametrize(("model_type", "remedy"), [("llama", ""), ("instructblipvideo", "give them as images")])
+def test_videos_for_a_model_without_are_refused(model_type: str, remedy: str) -> None:
+    """A model that takes none says so; one whose pictures are clips says that."""
+    images = [(56, 56)] if remedy else []
+    with pytest.raises(ValueError, match=f"takes no videos.*{remedy}"):
+        tiny_inputs(tiny_model(model_type), text_len=8, images=images, videos=[(4, 56, 56)])
+
+
 def test_unknown_model_type_names_near_matches() -> None:
     """The error offers what was probably meant."""
     with pytest.raises(ValueError, match="qwen2_5_vl"):

@@ -33,8 +33,11 @@ class DeepstackFeatures:
         if self.name is None:
             return {}
         given = values.get(self.name)
-        if given is not None:
-            self.keys = tuple(given) if isinstance(given, Mapping) else tuple(range(len(given)))
+        if isinstance(given, Mapping):
+            self.keys = tuple(given)
+        elif given is not None:  # a tuple of one picture's, a list of a video's beside it
+            given = values[self.name] = list(given)
+            self.keys = tuple(range(len(given)))
         if not self.keys:
             return {}  # nothing known about them yet: the model was never called with a picture
         mask = FEATURES[self.name]

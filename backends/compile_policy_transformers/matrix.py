@@ -1,6 +1,6 @@
 """What the policy does with one architecture, measured: built tiny, run eager, run compiled, compared.
 
-The same requests (other text lengths, batches with padding, one picture and several, other sizes) go through the
+The same requests (other text lengths, batches with padding, pictures, videos and sounds of other sizes) go through the
 model's forward without a cache and through its own `generate` with a dynamic and a static one, eager first and then
 under the policy. Dynamo captures; the captured graph runs operator by operator, so that counts and equality are those
 of the policy and not of a code generator.
@@ -29,6 +29,7 @@ from compile_policy.reference import relative_error
 from compile_policy_transformers import compat
 from compile_policy_transformers.matrix_requests import altered, prompts_of
 from compile_policy_transformers.tiny import tiny_model
+from compile_policy_transformers.tiny.videos import VIDEOS
 
 KINDS = ("none", "dynamic", "static")
 #: What is judged together: name -> roles. One tower often serves pictures and video.
@@ -88,8 +89,9 @@ class Row:
         components: role, path and class of each component.
         decoder: kind of cache -> what happened.
         encoders: ``vision`` and ``audio`` -> what happened to these encoders with ``compile_mm_encoder``.
-        control: difference that an ignored padding mask, a blank picture or silence makes: the comparison would
-            notice it.
+        control: difference that an ignored padding mask, a blank picture or video, or silence makes: the comparison
+            would notice it.
+        videos: requests with a video.
     """
 
     model_type: str
@@ -99,6 +101,7 @@ class Row:
     encoders: Mapping[str, Cell] | None = None
     control: float = 0.0
     obstacle: str = ""
+    videos: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -118,7 +121,15 @@ def measure(model_type: str) -> Row:
         decoder = {kind: _cells(model, prompts, kind, {"decoder": ("decoder",)})["decoder"] for kind in KINDS}
         encoders = _cells(model, prompts, "none", _ENCODERS)
         components = tuple((c.role, c.qualname, c.cls) for c in _planned(model))
-        return Row(model_type, type(model).__name__, components, decoder, encoders, _control(model, prompts))
+        return Row(
+            model_type,
+            type(model).__name__,
+            components,
+            decoder,
+            encoders,
+            _control(model, prompts),
+            videos=sum(VIDEOS in prompt for prompt in prompts),
+        )
 
 
 def _planned(model: PreTrainedModel) -> Sequence[ComponentReport]:

@@ -11,16 +11,26 @@ from transformers import PreTrainedModel
 
 from compile_policy_transformers.tiny import tiny_inputs
 from compile_policy_transformers.tiny.sounds import SOUNDS
+from compile_policy_transformers.tiny.videos import VIDEOS
 
 
 @dataclass(frozen=True)
 class Request:
-    """One batch of prompts: height and width of each row's pictures, frames of each row's pieces of sound."""
+    """One batch of prompts.
+
+    Attributes:
+        text: text tokens of the first row.
+        pictures: height and width of each row's pictures.
+        sounds: frames of each row's pieces of sound.
+        batch: rows.
+        videos: frames, height and width of each row's videos.
+    """
 
     text: int
     pictures: tuple[tuple[int, int], ...] = ()
     sounds: tuple[int, ...] = ()
     batch: int = 1
+    videos: tuple[tuple[int, int, int], ...] = ()
 
 
 REQUESTS = (
@@ -30,6 +40,8 @@ REQUESTS = (
     Request(11),
     Request(8, ((56, 112), (56, 56), (112, 56)), (24, 205, 61)),
     Request(17, batch=2),
+    Request(12, videos=((4, 56, 84),)),
+    Request(10, ((84, 56),), (50,), batch=2, videos=((2, 56, 56), (6, 84, 56))),
 )
 
 
@@ -38,10 +50,15 @@ def prompts_of(model: PreTrainedModel) -> list[dict[str, Any]]:
     prompts = []
     blind = _refuses(model, images=REQUESTS[0].pictures)
     # with a picture: a model that cannot do without one says that first
-    deaf = _refuses(model, images=() if blind else REQUESTS[0].pictures, sounds=REQUESTS[0].sounds)
+    picture = () if blind else REQUESTS[0].pictures
+    deaf = _refuses(model, images=picture, sounds=REQUESTS[0].sounds)
+    still = _refuses(model, images=picture, videos=REQUESTS[-1].videos)
     for seed, request in enumerate(REQUESTS):
+        if still and request.videos:
+            continue
         given: dict[str, Any] = {"text_len": request.text, "batch": request.batch, "seed": seed}
         given |= {"images": () if blind else request.pictures, "sounds": () if deaf else request.sounds}
+        given |= {"videos": request.videos}
         try:
             inputs = tiny_inputs(model, **given)
             model(**inputs)
@@ -67,7 +84,7 @@ def altered(prompt: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     mask = prompt.get("attention_mask")
     if isinstance(mask, torch.Tensor) and not mask.all():
         yield {**prompt, "attention_mask": torch.ones_like(mask)}
-    for name in ("pixel_values", "flattened_patches", *SOUNDS):
+    for name in ("pixel_values", "flattened_patches", VIDEOS, *SOUNDS):
         seen = prompt.get(name)
         if isinstance(seen, torch.Tensor):
             yield {**prompt, name: torch.zeros_like(seen)}

@@ -23,6 +23,7 @@ from compile_policy.shapes import Labels
 from compile_policy_transformers import attention, compat
 from compile_policy_transformers.pictures import grid_argument
 from compile_policy_transformers.prologue import ANY_LENGTH
+from compile_policy_transformers.unread import without_unread
 
 #: Arguments that say of what size each picture is, where pictures are padded or cut up.
 _SIZES = {
@@ -112,7 +113,7 @@ class StackBinder:
                 remedy="Call the tower without output_hidden_states and output_attentions.",
             )
         values = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        values = {name: value for name, value in values.items() if value is not None}
+        values = without_unread(module, {name: value for name, value in values.items() if value is not None})
         states = values[next(name for name in _STATES if name in values)]
         if compat.collects_outputs():
             compat.settle_last_state(self.layers, states)

@@ -22,6 +22,7 @@ from compile_policy.region import Bound
 from compile_policy.shapes import Labels
 from compile_policy_transformers import attention, compat, pictures
 from compile_policy_transformers.prologue import Prologue, layout_functions
+from compile_policy_transformers.unread import without_unread
 
 
 def is_grid_tower(tower: torch.nn.Module) -> bool:
@@ -47,7 +48,7 @@ class EncoderBinder:
 
     def bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         values = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        values = {name: value for name, value in values.items() if value is not None}
+        values = without_unread(module, {name: value for name, value in values.items() if value is not None})
         if any(name.startswith("output_") and value is not False for name, value in values.items()):
             compat.install_output_capturing(module)  # a tower that is asked once is asked always; eager does the same
         if not self.grid:

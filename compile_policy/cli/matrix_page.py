@@ -15,13 +15,13 @@ from compile_policy.cli.terminal import clean
 
 Row = Mapping[str, Any]
 _KINDS = (("none", "no cache"), ("dynamic", "dynamic"), ("static", "static"))
-_ENCODERS = ("vision", "audio")
-_COLUMNS = (*(title for _, title in _KINDS), *_ENCODERS)
+_ENCODERS = (("vision", "image/video"), ("audio", "audio"))
+_COLUMNS = tuple(title for _, title in (*_KINDS, *_ENCODERS))
 _LONG = {
     "no cache": "decoder, no cache",
     "dynamic": "decoder, dynamic cache",
     "static": "decoder, static cache",
-    "vision": "image and video encoders",
+    "image/video": "image and video encoders",
     "audio": "audio encoders",
 }
 _STYLES = {"ok": "green", "graphs": "yellow", "eager": "yellow", "wrong": "bold red", "raises": "bold red"}
@@ -34,17 +34,19 @@ What the policy does with each architecture of the installed Transformers: measu
 Measured with torch {torch} and Transformers {transformers} by `compile-policy matrix --out docs/models.md`.
 `compile-policy matrix --check docs/models.md [TYPES...]` fails where a line is no longer true.
 
-Each architecture is built tiny with random weights. Up to six requests (several lengths, one to three rows with
-padding, none to three pictures of different sizes, none to three pieces of sound of different lengths) run eager and
-under the policy: the model's forward without a cache, then `generate` with a dynamic and with a static cache, then
-forward with the encoders compiled too."""
+Each architecture is built tiny with random weights. Up to eight requests (several lengths, one to three rows with
+padding, none to three pictures of different sizes, none to two videos of different lengths and sizes, alone and
+beside a picture, none to three pieces of sound of different lengths) run eager and under the policy: the model's
+forward without a cache, then `generate` with a dynamic and with a static cache, then forward with the
+encoders compiled too."""
 _LEGEND = """\
 - **1**: one graph for each component and all requests, every call compiled, equal to eager. A larger number: equal,
   with so many graphs.
 - **eager**: equal, some or all calls run eager with a warning. **wrong**, **raises**: a fault of the policy.
 - **-**: no such component. **n/a**: eager itself cannot run it. **idle**: no request of the measurement reaches it.
-- **control**: `bites` where an ignored padding mask, a blank picture or silence changes the result so much that the
-  comparison would notice it."""
+- **image/video**: encoders of pictures and of videos, which most architectures share: one graph serves both.
+- **control**: `bites` where an ignored padding mask, a blank picture or video, or silence changes the result so much
+  that the comparison would notice it."""
 #: A difference that the comparison could not miss, relative to the largest logit.
 _BITES = 0.05
 
@@ -52,7 +54,7 @@ _BITES = 0.05
 def cells(row: Row) -> dict[str, Mapping[str, Any]]:
     """Column -> what happened, for every column that was measured."""
     found = {title: row["decoder"][kind] for kind, title in _KINDS} if row.get("decoder") else {}
-    return {**found, **{name: row["encoders"][name] for name in _ENCODERS if row.get("encoders")}}
+    return {**found, **{title: row["encoders"][name] for name, title in _ENCODERS if row.get("encoders")}}
 
 
 def word(cell: Mapping[str, Any]) -> str:
@@ -93,6 +95,11 @@ def totals(rows: Sequence[Row]) -> list[tuple[str, int, int, list[str]]]:
     weak = [name for name, row, _ in measured if control(row) == "weak"]
     out.append(("the comparison would notice a fault", len(measured) - len(weak), len(measured), weak))
     return out
+
+
+def watching(rows: Sequence[Row]) -> list[str]:
+    """The architectures that were given a video."""
+    return [str(row["model_type"]) for row in rows if row.get("videos")]
 
 
 def table(rows: Sequence[Row]) -> Group:
@@ -151,6 +158,8 @@ def page(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
                 f"| {what} | {good} of {total} | {_escaped(', '.join(rest)) or '-'} |"
                 for what, good, total, rest in sums
             ),
+            "",
+            f"Given videos too, {len(watching(rows))}: {', '.join(watching(rows)) or '-'}.",
             "",
             *_LEGEND.splitlines(),
             "",

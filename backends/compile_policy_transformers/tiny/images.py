@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,11 +24,17 @@ class Images:
         tensors: pixel inputs of the whole batch.
         tokens: placeholder ids of each image of one row, markers around it included.
         token_id: the placeholder; -1 for models that have none.
+        kind: how token types mark the placeholders: 1 for images, 2 for videos, 3 for sounds.
     """
 
     tensors: dict[str, Any]
     tokens: list[torch.Tensor]
     token_id: int
+    kind: int = 1
+
+    def marks(self) -> list[torch.Tensor]:
+        """For each of ``tokens``: the kind where the placeholder stands, 0 at the markers."""
+        return [(tokens == self.token_id).int() * self.kind for tokens in self.tokens]
 
 
 NO_IMAGES = Images({}, [], -1)
@@ -54,7 +60,7 @@ def make_images(model: PreTrainedModel, sizes: list[Size], batch: int, generator
     if token_id is None:
         return Images(tensors, [], -1)
     counts = [_count(model, style(Request(model, [size], 1, torch.Generator().manual_seed(0)))) for size in sizes]
-    return Images(tensors, [_with_markers(model.config, token_id, count) for count in counts], token_id)
+    return Images(tensors, [with_markers(model.config, token_id, count) for count in counts], token_id)
 
 
 def placeholder(model: PreTrainedModel) -> int | None:
@@ -66,7 +72,8 @@ def placeholder(model: PreTrainedModel) -> int | None:
     return cast("int | None", found)
 
 
-def _with_markers(config: Any, token_id: int, count: int) -> torch.Tensor:
+def with_markers(config: Any, token_id: int, count: int) -> torch.Tensor:
+    """``count`` placeholders between the markers that the configuration names."""
     start = first(config, "vision_start_token_id", "image_start_token_id", "boi_token_id", "boi_token_index")
     end = first(config, "vision_end_token_id", "image_end_token_id", "eoi_token_id", "eoi_token_index")
     return torch.tensor([start] * (start is not None) + [token_id] * count + [end] * (end is not None))
@@ -74,26 +81,24 @@ def _with_markers(config: Any, token_id: int, count: int) -> torch.Tensor:
 
 @torch.no_grad()
 def _count(model: PreTrainedModel, tensors: dict[str, Any]) -> int:
-    # a wrapper may take fewer arguments by name than what it wraps
-    methods = list(_feature_methods(model))
+    methods = list(feature_methods(model))
     if not methods:
         queries = getattr(model.config, "num_query_tokens", None)  # for each frame of a clip
         return int(queries * tensors["pixel_values"].shape[1]) if queries else 1
     if model.config.model_type == "pi0":  # its own forward takes cameras by row, the model inside one after another
         tensors = {"pixel_values": tensors["pixel_values"].flatten(0, 1)}
+    return rows_of(methods, tensors)
+
+
+def rows_of(methods: Iterable[Callable[..., Any]], tensors: Mapping[str, Any]) -> int:
+    """Features that the method which takes most of ``tensors`` computes from them: one for each placeholder."""
+    # a wrapper may take fewer arguments by name than what it wraps
     method = max(methods, key=lambda m: len(tensors.keys() & inspect.signature(m).parameters.keys()))
     accepted = inspect.signature(method).parameters
     features = method(**{name: value for name, value in tensors.items() if name in accepted})
-    features = (
-        first(features, "pooler_output", "deepstack_features", "last_hidden_state")
-        if not _is_plain(features)
-        else features
-    )
+    if not isinstance(features, torch.Tensor) and type(features) not in (list, tuple):
+        features = first(features, "pooler_output", "deepstack_features", "last_hidden_state")
     return _rows(features)
-
-
-def _is_plain(features: Any) -> bool:
-    return isinstance(features, torch.Tensor) or type(features) in (list, tuple)
 
 
 def _rows(features: Any) -> int:
@@ -106,13 +111,14 @@ def _rows(features: Any) -> int:
 
 def feature_method(model: nn.Module) -> Callable[..., Any] | None:
     """``get_image_features`` of the model, or of what it wraps where the wrapper hides the arguments."""
-    return next(_feature_methods(model), None)
+    return next(feature_methods(model), None)
 
 
-def _feature_methods(model: nn.Module) -> Iterator[Callable[..., Any]]:
+def feature_methods(model: nn.Module, name: str = "get_image_features") -> Iterator[Callable[..., Any]]:
+    """The methods of this name: of the model and of what it wraps; without those that hide their arguments."""
     inner = getattr(model, "model", None)
-    parts = (getattr(inner, name, None) for name in ("encoder", "vlm"))
+    parts = (getattr(inner, part, None) for part in ("encoder", "vlm"))
     for owner in (model, inner, getattr(model, "base_model", None), *parts):
-        method: Any = getattr(owner, "get_image_features", None)
+        method: Any = getattr(owner, name, None)
         if method is not None and "args" not in inspect.signature(method).parameters:
             yield method

@@ -87,7 +87,7 @@ def make_sounds(model: PreTrainedModel, frames: Sequence[int], batch: int, gener
     tokens = [_count(model, form, argument, n) for n in lengths]
     tensors = _tensors(model, form, argument, lengths * batch, tokens * batch, generator)
     pieces = [_with_markers(model.config, token_id, n) for n in tokens]
-    return Images(tensors, pieces, token_id)
+    return Images(tensors, pieces, token_id, kind=3)
 
 
 def sound_argument(model: nn.Module) -> str | None:

@@ -1,0 +1,82 @@
+"""Arguments that a component is handed and nobody below it reads.
+
+A model hands its keyword arguments on to its towers, which swallow what they do not know: two calls that differ in
+such an argument alone are the same call.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+_RETURN_DICT = "return_dict"
+#: What Transformers' decorators round a forward read; of their code nothing else is asked.
+_DECORATED = ("output_", "use_cache")
+
+
+def without_unread(module: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` without words and switches that do not change what ``module`` computes.
+
+    These are names that stand neither in its signature nor anywhere in the code that it is made of, and a
+    ``return_dict`` that asks for what it returns anyway. That it is so is proved by the first call of the form
+    (`compile_policy.proof`), which knows the value.
+    """
+    known = inspect.signature(module.forward).parameters
+    kept = dict(values)
+    for name, value in values.items():
+        if not isinstance(value, (str, bool)) or name in known or name.startswith(_DECORATED):
+            continue
+        if name == _RETURN_DICT:
+            needless = value is getattr(getattr(module, "config", None), _RETURN_DICT, True)
+        else:
+            needless = not _may_be_read(name, frozenset(type(m) for m in module.modules()))
+        if needless:
+            del kept[name]
+    return kept
+
+
+@cache
+def _may_be_read(argument: str, classes: frozenset[type]) -> bool:
+    """Whether the word stands in the code of ``classes``, comments included, or of what that has from its package."""
+    names = {cls.__module__ for known in classes for cls in known.__mro__}
+    names = {name for name in names if name.split(".")[0] not in ("torch", "builtins", "typing")}
+    seen: set[str] = set()
+    while names - seen:
+        name = (names - seen).pop()
+        seen.add(name)
+        words, imported = _code(name)
+        if words is None or argument in words:
+            return True
+        names |= imported
+    return False
+
+
+@cache
+def _code(name: str) -> tuple[frozenset[str] | None, frozenset[str]]:
+    """Words of a Python module (``None``: it has no source), and the modules of its package that it has names from."""
+    try:
+        module = sys.modules[name]
+        words = frozenset(re.findall(r"\w+", inspect.getsource(module)))
+    except (KeyError, OSError, TypeError):
+        return None, frozenset()
+    package = name.split(".")[0]
+    parts = {_home(value) for value in vars(module).values()}
+    return words, frozenset(part for part in parts if part in sys.modules and _may_read(part, package))
+
+
+def _may_read(part: str, package: str) -> bool:
+    """Whether arguments may be handed to code there: in the same package, and not among its utilities."""
+    return part.split(".")[0] == package and "utils" not in part.split(".")
+
+
+def _home(value: Any) -> str:
+    if isinstance(value, ModuleType):
+        return value.__name__
+    return str(getattr(value, "__module__", None) or type(value).__module__)

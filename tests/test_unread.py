@@ -1,0 +1,60 @@
+"""Arguments that nobody reads: they make no call of their own, and those that somebody reads do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from compile_policy import CompilationConfig
+from compile_policy.applied import apply, remove, report
+from compile_policy_transformers.tiny import tiny_inputs, tiny_model
+from compile_policy_transformers.unread import without_unread
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [
+        ("vision_aspect_ratio", "anyres_max_9", False),  # of the model around the tower
+        ("return_dict", True, False),  # what it returns anyway
+        ("return_dict", False, True),
+        ("output_hidden_states", True, True),
+        ("use_cache", True, True),
+        ("is_causal", True, True),  # attention looks for it
+        ("interpolate_pos_encoding", True, True),  # in its signature
+        ("never_heard_of", 3, True),  # a number is not in the form that is proved
+    ],
+)
+def test_what_a_tower_does_not_read(name: str, value: object, kept: bool) -> None:
+    tower = tiny_model("llava_onevision").model.vision_tower
+    assert (name in without_unread(tower, {"pixel_values": 1, name: value})) is kept
+
+
+def test_code_without_source_may_read_everything() -> None:
+    """Of a class that was made in a string nothing is known."""
+    namespace: dict[str, type[nn.Module]] = {}
+    exec(
+        "class Tower(nn.Module):\n    def forward(self, x, **kwargs): return x",
+        {"nn": nn, "__name__": __name__ + "_"},
+        namespace,
+    )
+    assert without_unread(namespace["Tower"](), {"mode": "a"}) == {"mode": "a"}
+
+
+@pytest.mark.filterwarnings("ignore:Encoder compilation is experimental")
+@pytest.mark.parametrize("model_type", ["llava_onevision", "glm_ocr"])
+@torch.no_grad()
+def test_pictures_and_videos_share_a_graph(model_type: str) -> None:
+    """The model hands its tower other arguments with a video than with a picture, which say nothing to it."""
+    model = tiny_model(model_type)
+    prompts = [tiny_inputs(model, text_len=9, images=[(56, 84)]), tiny_inputs(model, text_len=7, videos=[(4, 56, 56)])]
+    expected = [model(**prompt).logits for prompt in prompts]
+    apply(model, CompilationConfig(backend="eager", compile_mm_encoder=True))
+    try:
+        got = [model(**prompt).logits for prompt in prompts]
+        (tower,) = [c for c in report(model).components if c.role == "encoder[image]"]
+    finally:
+        remove(model)
+    assert (tower.graphs, tower.calls, tower.eager_calls) == (1, 2, 0)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
