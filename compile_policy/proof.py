@@ -9,11 +9,13 @@ copies. The caller's cache, tensors and random state are not touched.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
+from compile_policy import compat
 from compile_policy.errors import first_line
 from compile_policy.reference import TOLERANCE, preserved, relative_error, tolerances
 
@@ -75,10 +77,18 @@ def misfit(
 
 
 def _copied(value: Any) -> Any:
-    """A deep copy; tensors in the middle of a gradient's graph, which ``deepcopy`` refuses, are cut off."""
+    """A deep copy; tensors in the middle of a gradient's graph, which ``deepcopy`` refuses, are cut off.
+
+    Tensors that are parts of one another stay so: ``deepcopy`` copies their memory once.
+    """
     memo: dict[int, Any] = {}
-    for _, tensor in _tensors(value):
-        memo[id(tensor)] = tensor.detach().clone(memory_format=torch.preserve_format)
+    found = {id(tensor): tensor for _, tensor in _tensors(value)}
+    plain = {k: t for k, t in found.items() if type(t) is torch.Tensor and t.layout is torch.strided and t.is_leaf}
+    sharing = Counter(compat.storage_of(t) for t in plain.values())
+    for key, tensor in found.items():
+        parts = key in plain and sharing[compat.storage_of(tensor)] > 1
+        if not parts:
+            memo[key] = tensor.detach().clone(memory_format=torch.preserve_format)
     return copy.deepcopy(value, memo)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import (
     Cache,
+    CacheLayerMixin,
     DummyLayer,
     DynamicCache,
     DynamicIndexedLayer,
@@ -47,6 +48,30 @@ KINDS: dict[type, str] = {
     LinearAttentionAndStaticSlidingWindowAttentionLayer: "static_sliding",
     LinearAttentionLayer: "none",
 }
+#: How layers of every other class are kept, as long as they only move states (`cache_moves`).
+MOVED = "moved"
+#: What decides how a layer keeps its states: a class that leaves these as they are is of its base's kind.
+_DECIDING = (
+    *("update", "lazy_initialization", "get_seq_length", "get_mask_sizes"),
+    *("update_conv_state", "update_recurrent_state", "update_indexer"),
+)
+
+
+def kind_of(layer: Any) -> str:
+    """How a layer keeps its keys and values.
+
+    Raises:
+        NotCompilable: it is of a class that is not known, and is more than keys and values.
+    """
+    cls = type(layer)
+    if cls in KINDS:
+        return KINDS[cls]
+    base = next((c for c in cls.__mro__ if c in KINDS), None)
+    if base is not None and all(getattr(cls, n, None) is getattr(base, n, None) for n in _DECIDING):
+        return KINDS[base]
+    if states.is_linear(layer) or states.is_indexed(layer) or not isinstance(layer, CacheLayerMixin):
+        raise unknown(layer)
+    return MOVED
 
 
 @dataclass(frozen=True)
@@ -70,7 +95,7 @@ def initialise(cache: Cache, shapes: Sequence[LayerShape], batch: int, device: t
         if shape.keys is not None and shape.values is not None and not layer.is_initialized:
             keys, values = (t.new_empty((batch, *t.shape[1:]), device=device) for t in (shape.keys, shape.values))
             layer.lazy_initialization(keys, values)
-            if isinstance(layer, DynamicLayer):
+            if isinstance(layer, DynamicLayer) and not (layer.keys is not None and layer.keys.numel()):
                 layer.keys, layer.values = keys, values
         if shape.states is not None:
             states.initialise_states(layer, shape.states, batch, device)
@@ -100,14 +125,13 @@ def needs_initialisation(cache: Cache, shapes: Sequence[LayerShape] | None) -> b
 def _lacks(layer: Any, shape: LayerShape | None) -> bool:
     if type(layer) is DummyLayer:
         return False
-    if type(layer) not in KINDS:
-        raise unknown(layer)
+    kind = kind_of(layer)
     if states.is_linear(layer) and states.states_missing(layer, None if shape is None else shape.states):
         return True
     if states.is_indexed(layer) and states.indexer_missing(layer, shape):
         return True
     unused = shape is not None and shape.keys is None
-    return KINDS[type(layer)] != "none" and not unused and not layer.is_initialized
+    return kind != "none" and not unused and not layer.is_initialized
 
 
 def is_empty(cache: Cache) -> bool:
@@ -120,6 +144,8 @@ def is_empty(cache: Cache) -> bool:
 
 
 def _holds_any(layer: Any) -> bool:
+    if type(layer) not in KINDS and type(layer) is not DummyLayer and kind_of(layer) == MOVED:
+        return int(layer.get_seq_length()) > 0  # what it holds may be in other places
     return bool(layer.is_initialized) and layer.keys is not None and layer.keys.numel() > 0  # a dummy has none
 
 
@@ -129,9 +155,9 @@ def layer_shapes(cache: Cache) -> list[LayerShape]:
 
 
 def _shape(layer: Any) -> LayerShape:
-    keys: Any = getattr(layer, "keys", None)
-    values: Any = getattr(layer, "values", None)
-    if keys is not None and keys.dim() == values.dim() == 4:
+    name = next((n for n, v in vars(layer).items() if "key" in n and isinstance(v, torch.Tensor) and v.dim() == 4), "")
+    keys, values = (getattr(layer, n, None) for n in (name, name.replace("key", "value")))
+    if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and values.dim() == 4:
         keys, values = keys[:, :, :0].clone(), values[:, :, :0].clone()  # a view would keep all states alive
     else:
         keys = values = None

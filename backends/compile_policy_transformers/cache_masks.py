@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, StaticSlidingWindowLayer
+from transformers.cache_utils import Cache, DummyLayer
 
 from compile_policy_transformers import attention
+from compile_policy_transformers.cache_layers import kind_of
 
 SLIDING = ("sliding_attention", "chunked_attention")
 
@@ -68,8 +69,9 @@ def arranged(mask: Any, cache: Cache | None, *, sliding: bool) -> Any:
     """A mask for the cache layers as they look inside the trace."""
     if cache is None or not sliding or not isinstance(mask, torch.Tensor):
         return mask
-    for layer in cache.layers:
-        if type(layer) is StaticSlidingWindowLayer:
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        if type(layer) is not DummyLayer and kind_of(layer) == "static_sliding":
             return sliding_mask(mask, layer.max_cache_len, layer.cumulative_length_int)
     return mask
 

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderC
 
 from compile_policy.adapters import Leaves, adapter_for, register_adapter
 from compile_policy.errors import NotCompilable
+from compile_policy_transformers.cache_moves import Moves
 from compile_policy_transformers.cache_twins import rebuild_layer
 from compile_policy_transformers.caches import ENCODED, CacheCall, flatten_given
 from compile_policy_transformers.cross_states import States, after_update
@@ -25,16 +26,18 @@ class PairCall:
 
     Attributes:
         new: keys and values of the encoder's output by layer, which the cache gets after the call.
+        moved: as in `CacheCall`.
     """
 
     cache: EncoderDecoderCache
     query_length: int
     encoded: int | None
     new: Mapping[int, States] = field(default_factory=dict)
+    moved: dict[int, Moves] = field(default_factory=dict)
 
     @property
     def own(self) -> CacheCall:
-        return CacheCall(self.cache.self_attention_cache, self.query_length)
+        return CacheCall(self.cache.self_attention_cache, self.query_length, moved=self.moved)
 
 
 _own: Any = adapter_for(CacheCall)

@@ -16,6 +16,7 @@ from transformers.cache_utils import (
 )
 
 from compile_policy.errors import NotCompilable
+from compile_policy_transformers.cache_layers import MOVED
 from compile_policy_transformers.cache_states import rebuild_states
 
 
@@ -103,6 +104,47 @@ class TracedStatic(StaticLayer):
     is_compileable = False
 
 
+class TracedMoves:
+    """A layer of a class of its own: attention sees, and the layer keeps, what the index tensors say.
+
+    Attributes:
+        held: keys and values of each block, ``seen`` and ``kept``: as in `cache_moves.Moves`.
+    """
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, held: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.held = held
+        self.seen: Any = None
+        self.kept: list[torch.Tensor] = []
+        self.updated = False
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if args or kwargs or self.updated:
+            raise NotCompilable("the decoder updates a cache layer twice, or with more than keys and values")
+        none = (torch.zeros_like(key_states[:, :, :1]), torch.zeros_like(value_states[:, :, :1]))
+        keys = torch.cat([none[0], *[k for k, _ in self.held], key_states], dim=2)
+        values = torch.cat([none[1], *[v for _, v in self.held], value_states], dim=2)
+        self.held = [(keys.index_select(2, i), values.index_select(2, i)) for i in self.kept]
+        self.updated = True
+        return keys.index_select(2, self.seen), values.index_select(2, self.seen)
+
+    def after(self) -> tuple[torch.Tensor, ...]:
+        """Keys and values of each block after the call."""
+        if not self.updated:
+            raise NotCompilable("the decoder does not update every layer of the cache")
+        return tuple(t for pair in self.held for t in pair)
+
+    def get_seq_length(self) -> int:
+        raise NotCompilable("the decoder asks a cache layer for its length inside the graph")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        raise NotCompilable("the decoder asks a cache layer for its mask's sizes inside the graph")
+
+
 class TracedLinearDynamic(LinearAttentionLayer, TracedDynamic):  # type: ignore[misc, override]
     """Linear attention beside full attention."""
 
@@ -143,6 +185,8 @@ def rebuild_layer(spec: tuple[Any, ...], leaves: Iterator[torch.Tensor]) -> Any:
     kind = spec[0]
     if kind == "dummy":
         return DummyLayer()
+    if kind == MOVED:
+        return TracedMoves([(next(leaves), next(leaves)) for _ in range(spec[2])])
     if kind == "linear":
         inner = spec[1]
         layer: Any = object.__new__(_LINEAR[inner[0]])

@@ -16,8 +16,9 @@ from transformers.cache_utils import Cache, DummyLayer
 
 from compile_policy.adapters import Leaves, register_adapter
 from compile_policy.errors import NotCompilable
+from compile_policy_transformers import cache_moves
 from compile_policy_transformers import cache_states as states
-from compile_policy_transformers.cache_layers import KINDS, unknown
+from compile_policy_transformers.cache_layers import MOVED, kind_of
 from compile_policy_transformers.cache_twins import rebuild_layer, slots_to_keep, states_to_keep
 
 #: Labels of the dims that vary. A full dynamic layer and a sliding one hold different lengths.
@@ -36,12 +37,14 @@ class CacheCall:
     Attributes:
         given: layers that are read only -> their keys and values, whatever the cache holds for them.
         new: what of that the cache gets after the call.
+        moved: layers of a class of their own -> what the call does to them.
     """
 
     cache: Cache
     query_length: int
     given: Mapping[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     new: Mapping[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    moved: dict[int, cache_moves.Moves] = field(default_factory=dict)
 
 
 class _CacheAdapter:
@@ -52,27 +55,29 @@ class _CacheAdapter:
         if any("update" in vars(part) for part in (cache, *cache.layers)):
             raise NotCompilable("`update` was replaced on this cache", remedy="Write it into a class of its own.")
         selects: dict[tuple[str, int, int], int] = {}
+        groups = cache_moves.groups(cache)
         layers = tuple(
             flatten_given(value.given[i], out, f"{path}.layers[{i}]")
             if i in value.given
+            else cache_moves.flatten(layer, groups[i], out, f"{path}.layers[{i}]")
+            if i in groups
             else self._flatten_layer(layer, selects, out, f"{path}.layers[{i}]")
             for i, layer in enumerate(cache.layers)
         )
+        kept = cache_moves.flatten_moves(cache, groups, value.query_length, value.moved, out, path)
         for (kind, size, held), n in selects.items():
             choose = slots_to_keep if kind == "static_sliding" else states_to_keep
             index = choose(size, held, value.query_length, out.tensors[-1].device)
             label = SLIDING_SLOTS if kind == "static_sliding" else SLIDING_KEPT
             out.add(index, f"{path}.select[{n}]", (label,), filler=_any_states)
-        return (type(cache), layers, len(selects))
+        return (type(cache), layers, len(selects), kept)
 
     def _flatten_layer(
         self, layer: Any, selects: dict[tuple[str, int, int], int], out: Leaves, path: str
     ) -> tuple[Any, ...]:
         if type(layer) is DummyLayer:
             return ("dummy",)
-        if type(layer) not in KINDS:
-            raise unknown(layer)
-        spec = self._flatten_attention(layer, KINDS[type(layer)], selects, out, path)
+        spec = self._flatten_attention(layer, kind_of(layer), selects, out, path)
         if states.is_linear(layer):
             return ("linear", spec, states.flatten_states(layer, out, path))
         if not states.is_indexed(layer):
@@ -120,16 +125,19 @@ class _CacheAdapter:
             out.add(getattr(layer, name), f"{path}.{name}", ("batch", None, length, None), mutable=mutable)
 
     def rebuild(self, spec: Any, leaves: Iterator[torch.Tensor]) -> Cache:
-        cls, layer_specs, n_selects = spec
+        cls, layer_specs, n_selects, kept = spec
         cache: Any = object.__new__(cls)
         cache.layers = [rebuild_layer(s, leaves) for s in layer_specs]
         cache.layer_class_to_replicate = None
         cache.offloading = False
+        moves = [(next(leaves), [next(leaves) for _ in range(count)]) for count in kept]
         selects = [next(leaves) for _ in range(n_selects)]
         for s, layer in zip(layer_specs, cache.layers, strict=True):
             attention = _attention(s)
             if attention[0] in ("sliding", "static_sliding"):
                 layer.select = selects[attention[1]]
+            elif attention[0] == MOVED:
+                layer.seen, layer.kept = moves[attention[1]]
         return cast(Cache, cache)
 
     def state(self, spec: Any, value: Cache) -> list[torch.Tensor]:
@@ -140,13 +148,16 @@ class _CacheAdapter:
             if s[0] == "indexed":
                 out += (layer.indexer_keys,) if grows else ()
                 out += states.positions_kept(layer, s[2])
+            out += layer.after() if s[0] == MOVED else ()
         return out
 
     def write_back(self, spec: Any, value: CacheCall, state: list[torch.Tensor]) -> None:
         tensors = iter(state)
         layers: Any = value.cache.layers
-        for s, layer in zip(spec[1], layers, strict=True):
+        for i, (s, layer) in enumerate(zip(spec[1], layers, strict=True)):
             kind = _attention(s)[0]
+            if kind == MOVED:
+                cache_moves.settle(layer, value.moved[i], [(next(tensors), next(tensors)) for _ in range(s[2])])
             if kind in ("dynamic", "sliding"):
                 layer.keys, layer.values = next(tensors), next(tensors)
             if kind == "dynamic" and s[0] == "indexed":

@@ -56,6 +56,7 @@ class DecoderBinder:
         self.config = config
         self.rule = rule_of(config)
         self.masks = DecoderMasks(decoder)
+        self.kinds = tuple(getattr(config, "layer_types", None) or ())
         self.parameters = inspect.signature(decoder.forward).parameters
         behind = "inputs_embeds" not in self.parameters and next(iter(self.parameters), "") == _BEHIND
         self.embeds_name = _BEHIND if behind else "inputs_embeds"
@@ -118,7 +119,7 @@ class DecoderBinder:
         if masks is not None:
             values["attention_mask"] = masks
         fillers = self.features.complete(values, embeds)
-        label = DecoderLabels(batch, length, cache, padding=self.rule.padding_mask)
+        label = DecoderLabels(batch, length, cache, padding=self.rule.padding_mask, kinds=self.kinds)
         self._own_names(values)
         ordered = {name: values[name] for name in sorted(values) if values[name] is not None}
         return Bound(ordered, label, fillers, _EXAMPLE_SIZES, boundary=length > 1, frequent=_FREQUENT_SIZES)

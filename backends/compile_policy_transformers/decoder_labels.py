@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers.cache_utils import Cache, StaticLayer
 
 from compile_policy.shapes import Labels
-from compile_policy_transformers import caches
+from compile_policy_transformers import cache_moves, caches
 from compile_policy_transformers.cache_masks import SLIDING, all_sliding
 from compile_policy_transformers.deepstack import FEATURES
 
@@ -23,15 +25,24 @@ _NAMED: dict[tuple[str, int], Labels] = {
 
 
 class DecoderLabels:
-    """Labels of a decoder's tensor arguments: by name where the name says it, else by size."""
+    """Labels of a decoder's tensor arguments: by name where the name says it, else by size.
 
-    def __init__(self, batch: int, length: int, cache: Cache | None, *, padding: bool = False) -> None:
+    Args:
+        kinds: of the decoder's layers, by which it finds their masks.
+    """
+
+    def __init__(
+        self, batch: int, length: int, cache: Cache | None, *, padding: bool = False, kinds: Sequence[str] = ()
+    ) -> None:
         self.batch, self.length, self.padding = batch, length, padding
         self.cached = cache is not None
         layers = cache.layers if cache is not None else []
         self.static = any(isinstance(layer, StaticLayer) for layer in layers)
         self.has_sliding = any(getattr(layer, "is_sliding", False) for layer in layers)
         self.all_sliding = all_sliding(cache)
+        moved = {} if cache is None else cache_moves.groups(cache)
+        self.moved = {kinds[i] if i < len(kinds) else "": group for i, group in reversed(moved.items())}
+        self.all_moved = len(moved) == len(layers) > 0
 
     def __call__(self, path: str, tensor: torch.Tensor) -> Labels:
         name = path.split("[")[0]
@@ -49,6 +60,11 @@ class DecoderLabels:
         return self._by_size(tensor)
 
     def _keys(self, path: str) -> str:
+        moved = next((group for kind, group in self.moved.items() if f"'{kind}'" in path), None)
+        if moved is None and self.all_moved and path == "attention_mask":
+            moved = next(iter(self.moved.values()))
+        if moved is not None:
+            return cache_moves.seen_label(moved)
         sliding = any(f"'{kind}'" in path for kind in SLIDING) or (self.all_sliding and path == "attention_mask")
         if not self.cached:
             return "sequence"

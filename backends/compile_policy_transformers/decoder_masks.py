@@ -15,6 +15,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from compile_policy.errors import NotCompilable
 from compile_policy_transformers import attention
+from compile_policy_transformers.own_masks import OwnMasks, has_kinds_of_its_own
 
 _PREPARES = "_prepare_decoder_attention_mask"
 _BIDIRECTIONAL = "use_bidirectional_attention"
@@ -36,6 +37,7 @@ class DecoderMasks:
         self.dense_config: Any = copy.copy(config)
         self.dense_config._attn_implementation_internal = self.implementation
         self.create: Callable[..., Any] = create_masks_for_generate
+        self.own = OwnMasks(decoder) if has_kinds_of_its_own(config) else None
         self._makes_own = _BIDIRECTIONAL in inspect.unwrap(type(decoder).forward).__code__.co_names
 
     def created(
@@ -55,6 +57,8 @@ class DecoderMasks:
             text: positions by which packed sequences are recognised.
             passed: the caller had made masks and left these out.
         """
+        if self.own is not None and not isinstance(mask, Mapping):
+            return self.own.made(self.dense_config, embeds, mask, cache, text)
         made = self.create(self.dense_config, embeds, mask, cache, position_ids=text)
         if embeds.shape[1] == 1 or getattr(self.config, _BIDIRECTIONAL, False) not in (True, "all"):
             return made  # a single token has no future to see
