@@ -17,6 +17,7 @@ import torch
 import torch._dynamo
 import torch._inductor
 from torch._C._dynamo.guards import TensorGuards
+from torch._C._dynamo.guards import dict_version as _dict_version
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
 from torch._inductor.package.package import package_aoti
@@ -40,6 +41,7 @@ _GLOBAL_HOOKS: tuple[Mapping[int, Any], ...] = (
 )
 
 # Bound once: they are asked at every call.
+dict_version: Callable[[dict[Any, Any]], int] = _dict_version  # raised by every write to a dict
 _is_grad_enabled, _is_inference_mode = torch.is_grad_enabled, torch.is_inference_mode_enabled
 _any_autocast, _default_dtype = torch._C._is_any_autocast_enabled, torch.get_default_dtype
 _deterministic, _matmul_precision = torch._C._get_deterministic_algorithms, torch._C._get_float32_matmul_precision

@@ -19,6 +19,7 @@ import torch
 
 from compile_policy import compat, wording
 from compile_policy.errors import NotCompilable
+from compile_policy.glance import Glance
 from compile_policy.layers.registry import registry_state
 from compile_policy.walk import Walk, hooks_below
 from compile_policy.watch import structure_epoch, unwatch, watch
@@ -43,7 +44,8 @@ class Structure:
 class Fingerprint:
     """Remembers the fingerprint of a module and looks again when asked, or when something was registered with it.
 
-    The full walk costs microseconds per sub-module, so it is done where a sequence starts and not once a token.
+    A look costs about a microsecond per sub-module where nothing changed, and ten where a walk is needed; so it is done
+    where a sequence starts and not once a token.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -53,6 +55,8 @@ class Fingerprint:
         self._current: int | None = None
         self._epoch = self._hooks_made = -1
         self._hooked: list[tuple[Sized, int]] = []
+        #: The registry of layers, what a walk found, and the structures that were seen with both.
+        self._last: tuple[Any, Glance, list[Structure]] | None = None
 
     @property
     def number(self) -> int | None:
@@ -65,10 +69,14 @@ class Fingerprint:
         """A small number that stands for the structure; another structure has another number."""
         if self._current is None or look_again or self._registered():
             epoch, hooks_made = structure_epoch(), compat.hooks_made()
-            walked = (registry_state(), fingerprint(self._module))
-            self._hooked = [(found, len(found)) for found in hooks_below(self._module)]
-            self._current = self._number_of(walked)
-            self._epoch, self._hooks_made = epoch, hooks_made
+            layers, last = registry_state(), self._last
+            if last is None or layers != last[0] or not last[1].holds():
+                glance = Glance(self._module)
+                self._hooked = [(found, len(found)) for found in hooks_below(self._module)]
+                with _lock:
+                    last = layers, glance, self._known.setdefault((layers, glance.walked), [])
+            self._current = self._number_of((layers, last[1].walked), last[2])
+            self._last, self._epoch, self._hooks_made = last, epoch, hooks_made
         return self._current
 
     def _registered(self) -> bool:
@@ -77,9 +85,8 @@ class Fingerprint:
             return True
         return bool(self._hooked) and any(len(found) != count for found, count in self._hooked)
 
-    def _number_of(self, walked: tuple[Any, ...]) -> int:
+    def _number_of(self, walked: tuple[Any, ...], seen: list[Structure]) -> int:
         with _lock:
-            seen = self._known.setdefault(walked, [])
             for structure in seen:
                 if structure.holds():
                     return structure.number
@@ -132,8 +139,7 @@ class Fingerprint:
 
 def fingerprint(module: torch.nn.Module) -> tuple[Any, ...]:
     """The structure of ``module`` and everything below it as nested tuples."""
-    walk = Walk()
-    return tuple((name, walk.module(m, root=m is module)) for name, m in module.named_modules(remove_duplicate=False))
+    return Walk().tree(module)
 
 
 def difference(was: tuple[Any, ...], now: tuple[Any, ...]) -> str:

@@ -15,7 +15,9 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 _AS_THEY_ARE = frozenset((bool, int, str, bytes, type(None), torch.dtype, torch.device))
 _OWN = frozenset(torch.nn.Module().__dict__) | {"_compiled_call_impl"}
 _DEPTH = 3
-_ORDINARY = frozenset((torch.Tensor, torch.nn.Parameter, torch.nn.Buffer))
+#: The dicts in a module's own dict that a walk reads, and what it calls a tensor without tensors inside.
+READ_GROUPS = ("_parameters", "_buffers", "_modules", *_HOOKS, *_HOOK_FLAGS)
+ORDINARY = frozenset((torch.Tensor, torch.nn.Parameter, torch.nn.Buffer))
 
 
 class _Same:
@@ -48,6 +50,14 @@ class Walk:
         self._classes: dict[type, Hashable] = {}
         self._objects: dict[int, Hashable] = {}
 
+    def tree(self, module: torch.nn.Module) -> tuple[Any, ...]:
+        """``module`` and everything below it: (path, what was found) of each."""
+        named = module.named_modules(remove_duplicate=False)
+        return tuple([(name, self.module(m, root=m is module)) for name, m in named])
+
+    def looked_into(self, value: Any) -> None:
+        """Called for each container and tensor among the attributes whose inside is read."""
+
     def module(self, m: torch.nn.Module, *, root: bool) -> tuple[Any, ...]:
         own = m.__dict__
         attributes = tuple([(n, self.value(v)) for n, v in own.items() if n not in _OWN])
@@ -55,8 +65,8 @@ class Walk:
             attributes += (("_modules", tuple(own["_modules"])),)
         hooks = () if root else tuple([_hook(own, kind, key) for kind in _HOOKS for key in own[kind]])
         tensors = (
-            *[_tensor(n, t, id(t)) for n, t in own["_parameters"].items()],
-            *[_tensor(n, t) for n, t in own["_buffers"].items()],
+            *[tensor_record(n, t, id(t)) for n, t in own["_parameters"].items()],
+            *[tensor_record(n, t) for n, t in own["_buffers"].items()],
         )
         return (self.cls(type(m)), own["training"], hooks, attributes, tensors)
 
@@ -74,6 +84,8 @@ class Walk:
             return (value.__class__, value)
         if isinstance(value, _PLAIN) or depth >= _DEPTH:
             return _shallow(value)
+        if isinstance(value, (list, tuple, set, frozenset, Mapping, torch.Tensor)):
+            self.looked_into(value)
         if isinstance(value, (list, tuple)):
             return (value.__class__, tuple([self.value(v, depth + 1) for v in value]))
         if isinstance(value, (set, frozenset)):
@@ -81,7 +93,7 @@ class Walk:
         if isinstance(value, Mapping):
             return (value.__class__, tuple([(_key(k), self.value(v, depth + 1)) for k, v in value.items()]))
         if isinstance(value, torch.Tensor):
-            return _tensor("", value)
+            return tensor_record("", value)
         if isinstance(value, (type, torch.nn.Module)) or not hasattr(value, "__dict__") or callable(value):
             return _Same(value)
         return self.object(value, depth)
@@ -123,7 +135,7 @@ class Coverage(Walk):
     def module(self, m: torch.nn.Module, *, root: bool) -> tuple[Any, ...]:
         self.modules.add(id(m))
         own = m.__dict__
-        groups = ("_parameters", "_buffers", "_modules", *(() if root else (*_HOOKS, *_HOOK_FLAGS)))
+        groups = READ_GROUPS[:3] if root else READ_GROUPS
         self.containers.update(id(own[name]) for name in groups)
         self.tensors.update(id(t) for name in ("_parameters", "_buffers") for t in own[name].values())
         return super().module(m, root=root)
@@ -132,13 +144,8 @@ class Coverage(Walk):
         self.classes.update(read_bases(cls))
         return super().cls(cls)
 
-    def value(self, value: Any, depth: int = 0) -> Hashable:
-        if depth < _DEPTH:
-            if isinstance(value, (list, tuple, set, frozenset, Mapping)):
-                self.containers.add(id(value))
-            elif isinstance(value, torch.Tensor):
-                self.tensors.add(id(value))
-        return super().value(value, depth)
+    def looked_into(self, value: Any) -> None:
+        (self.tensors if isinstance(value, torch.Tensor) else self.containers).add(id(value))
 
     def object(self, value: Any, depth: int) -> Hashable:
         self.objects.add(id(value))
@@ -204,7 +211,7 @@ def _shallow(value: Any) -> Hashable:
     return (value.__class__, repr(value) if isinstance(value, (float, complex)) else value)  # 0.0 == -0.0, nan != nan
 
 
-def _tensor(name: str, t: torch.Tensor | None, identity: Hashable = None) -> tuple[Any, ...]:
+def tensor_record(name: str, t: torch.Tensor | None, identity: Hashable = None) -> tuple[Any, ...]:
     """Identity and metadata of a tensor.
 
     A parameter is told by its ``id``: torch cannot exchange a parameter that something refers to weakly, and ``.to()``
@@ -214,7 +221,7 @@ def _tensor(name: str, t: torch.Tensor | None, identity: Hashable = None) -> tup
         return (name, None)
     layout = t.stride() if t.layout is torch.strided else t.layout
     state = (name, identity or _Same(t), t.__class__, t.dtype, t.device, tuple(t.shape), layout, t.requires_grad)
-    if t.__class__ in _ORDINARY or not hasattr(t, "__tensor_flatten__"):
+    if t.__class__ in ORDINARY or not hasattr(t, "__tensor_flatten__"):
         return state
     names, context = t.__tensor_flatten__()  # a quantized weight: tensors in a wrapper
-    return (*state, repr(context), tuple([_tensor(n, getattr(t, n)) for n in names]))
+    return (*state, repr(context), tuple([tensor_record(n, getattr(t, n)) for n in names]))
