@@ -18,11 +18,13 @@ from compile_policy.region import Binder, Region, region_of
 from compile_policy.saving import ignore_attributes
 from compile_policy_transformers import compat
 from compile_policy_transformers.audio import SoundBinder
+from compile_policy_transformers.chains import as_chain, unchain
 from compile_policy_transformers.components import meta_model
 from compile_policy_transformers.decoder import DecoderBinder
 from compile_policy_transformers.outputs import use_for_outputs
 from compile_policy_transformers.planning import make_plan
-from compile_policy_transformers.stacks import StackBinder, is_stack
+from compile_policy_transformers.stack_calls import StackBinder
+from compile_policy_transformers.stacks import is_stack
 from compile_policy_transformers.vision import EncoderBinder, is_grid_tower
 
 use_for_outputs()
@@ -53,12 +55,16 @@ def apply(model: torch.nn.Module, config: CompilationConfig) -> Plan:
 
 
 def remove(model: torch.nn.Module) -> None:
-    """Give `generate` back its own decision on compiling; regions are taken off by the caller."""
+    """Give `generate` back its own decision on compiling, and lists of layers their class; regions are the caller's."""
     compat.enable_auto_compile(model)
+    unchain(model)
 
 
 def _attach(model: torch.nn.Module, component: Component, config: CompilationConfig) -> Region:
     module = model.get_submodule(component.qualname)
+    if isinstance(module, torch.nn.ModuleList):  # the tower goes through its layers itself
+        owner, _, name = component.qualname.rpartition(".")
+        module = as_chain(model.get_submodule(owner), name)
     region = region_of(module)
     if region is None:
         region = Region(module, role=component.role, binder=binder_for(component.role, module))
@@ -79,7 +85,9 @@ def binder_for(role: str, module: torch.nn.Module) -> Binder:
         return DecoderBinder(module)
     if role == "encoder[audio]":
         return SoundBinder(module)
-    return StackBinder(module) if is_stack(module) and not is_grid_tower(module) else EncoderBinder(module)
+    if isinstance(module, torch.nn.ModuleList) or (is_stack(module) and not is_grid_tower(module)):
+        return StackBinder(module)
+    return EncoderBinder(module)
 
 
 @contextmanager
@@ -100,6 +108,8 @@ def _policies(model_config: PreTrainedConfig, config: CompilationConfig) -> Iter
     model = meta_model(model_config)
     for component in make_plan(model, config).compiled():
         cls = type(model.get_submodule(component.qualname))
+        if issubclass(cls, torch.nn.ModuleList):
+            continue  # a class of everybody's
         is_encoder = component.role != "decoder"
         role = component.role
 

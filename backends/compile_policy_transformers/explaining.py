@@ -25,7 +25,7 @@ from compile_policy_transformers.components import Found, holds, meta_model, qua
 from compile_policy_transformers.decoder import DecoderBinder
 from compile_policy_transformers.loading import config_of
 from compile_policy_transformers.multimodal import MODALITIES, decoder_as_named
-from compile_policy_transformers.stacks import StackBinder
+from compile_policy_transformers.stack_calls import StackBinder
 from compile_policy_transformers.vision import EncoderBinder
 
 #: What the labels of decoders and towers over whole pictures mean.

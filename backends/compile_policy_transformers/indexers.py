@@ -13,18 +13,15 @@ this once the stock indexer traces to one graph.
 
 from __future__ import annotations
 
-import ast
-import functools
-import hashlib
-import inspect
 import math
-import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from compile_policy_transformers.known_code import fingerprint
 
 #: Fingerprints of the code that the twin stands for.
 _FORWARD = "da179aa44d6b694c"
@@ -165,20 +162,3 @@ def _is_known(module: Any) -> bool:
     # The norm of the blocks is not called any more: what somebody put on it would be left out.
     changed = "forward" in vars(norm) or norm._forward_hooks or norm._forward_pre_hooks
     return not changed and norm.group_size is None and module.index_kv_heads == 1
-
-
-@functools.cache
-def fingerprint(function: Callable[..., Any] | None) -> str:
-    """Digest of a function's code without its comments, docstring and annotations; empty where there is no source."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))  # type: ignore[arg-type]
-    except (OSError, TypeError, SyntaxError):
-        return ""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef):
-            node.returns, node.decorator_list, node.name = None, [], ""
-            if ast.get_docstring(node) is not None:
-                del node.body[0]
-        elif isinstance(node, ast.arg):
-            node.annotation = None
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]

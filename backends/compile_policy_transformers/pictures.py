@@ -17,7 +17,7 @@ from compile_policy_transformers.prologue import Prologue, learn
 #: Arguments of a tower that hold (frames,) height and width of every picture, in patches.
 GRIDS = ("grid_thw", "image_grid_thw", "target_sizes")
 #: Grids (frames, height, width in merged patches) of the example and of a second one: dims that differ are dynamic.
-_EXAMPLE = ((1, 2, 3), (1, 4, 1), (1, 3, 3), (1, 5, 2))
+EXAMPLE = ((1, 2, 3), (1, 4, 1), (1, 3, 3), (1, 5, 2))
 _OTHER = ((1, 3, 5), (1, 6, 2), (1, 2, 7), (1, 4, 4), (1, 5, 3), (1, 7, 3))
 #: Sides of what is merged to one token that are tried when the tower names none.
 _MERGES = (1, 2, 4, 3, 6, 8)
@@ -59,7 +59,7 @@ def probe(tower: nn.Module, values: Mapping[str, Any]) -> tuple[Prologue, dict[s
     merges = dict.fromkeys((merge_of(tower), *_said_merges(tower), *_MERGES))
     for merge, dim in itertools.product(merges, _patch_dims(tower, values)):
         try:
-            one, other = (_call_with(tower, values, grids, merge, dim) for grids in (_EXAMPLE, _OTHER))
+            one, other = (_call_with(tower, values, grids, merge, dim) for grids in (EXAMPLE, _OTHER))
             with attention.traced_with(attention.configs_below(tower), attention.ENCODER):
                 prologue, again = learn(tower, one), learn(tower, other)
             if prologue != again:

@@ -3,36 +3,30 @@
 Some towers read the sizes of their pictures in Python before their layers run, picture by picture: they crop, resize
 position tables, or pad. That part is cheap and stays eager; nearly all of the time goes into the stack of layers,
 which sees nothing but hidden states, masks and positions. The stack is one graph for every number and size of
-pictures, where the whole tower would be one for each size, or none.
+pictures, where the whole tower would be one for each size, or none. It is a module inside the tower, or the list that
+the tower itself goes through (`chains`).
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from compile_policy.errors import NotCompilable
-from compile_policy.proof import form_of
-from compile_policy.region import Bound
-from compile_policy.shapes import Labels
-from compile_policy_transformers import attention, compat
-from compile_policy_transformers.pictures import grid_argument
-from compile_policy_transformers.prologue import ANY_LENGTH
-from compile_policy_transformers.unread import without_unread
+from compile_policy_transformers.chains import chain_name
+from compile_policy_transformers.known_code import methods_used, tree_of
+from compile_policy_transformers.pictures import GRIDS, grid_argument
 
 #: Arguments that say of what size each picture is, where pictures are padded or cut up.
 _SIZES = {
     *("image_sizes", "spatial_shapes", "pixel_position_ids", "image_grid_hw", "merge_sizes"),
     *("aspect_ratio_ids", "flattened_patches"),
 }
-_STATES = ("hidden_states", "inputs_embeds")
-_LENGTHS = "cu_seqlens"
-PATCHES = "patches"
+#: First arguments of a layer.
+STATES = ("hidden_states", "inputs_embeds")
 
 
 def stacks_of(tower: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -42,9 +36,30 @@ def stacks_of(tower: nn.Module) -> list[tuple[str, nn.Module]]:
     """
     found = list(_stacks(tower))
     if not found:
-        return []
+        return _own_layers(tower)
     takes_sizes = bool(_SIZES & set(inspect.signature(tower.forward).parameters))
     return found if takes_sizes or (grid_argument(tower) and _reads_numbers(tower, [s for _, s in found])) else []
+
+
+def _own_layers(tower: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The list that the tower goes through itself, where it also goes through its pictures one by one."""
+    name = chain_name(tower)
+    layers = list(getattr(tower, name).children()) if name else []
+    if name is None or not layers or not all(_over_states(layer) for layer in layers):
+        return []
+    methods = (method for cls in _classes_outside(tower, layers) for method in methods_used(cls))
+    reads = any(_goes_through_pictures(method) for method in methods)
+    return [(name, getattr(tower, name))] if reads and grid_argument(tower) else []
+
+
+def _goes_through_pictures(method: Callable[..., Any]) -> bool:
+    """Whether a method makes a list of numbers of a grid, or loops over its rows."""
+    tree = tree_of(method)
+    nodes = list(ast.walk(tree)) if tree is not None else []
+    loops = [node.iter for node in nodes if isinstance(node, (ast.For, ast.comprehension))]
+    lists = [node.value for node in nodes if isinstance(node, ast.Attribute) and node.attr == "tolist"]
+    names = (node.id for part in (*loops, *lists) for node in ast.walk(part) if isinstance(node, ast.Name))
+    return any("grid" in name or name in GRIDS for name in names)
 
 
 def is_stack(module: nn.Module) -> bool:
@@ -56,7 +71,7 @@ def is_stack(module: nn.Module) -> bool:
 
 
 def _over_states(module: nn.Module) -> bool:
-    return next(iter(inspect.signature(module.forward).parameters), "") in _STATES
+    return next(iter(inspect.signature(module.forward).parameters), "") in STATES
 
 
 def _stacks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -69,9 +84,13 @@ def _stacks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
 
 def _reads_numbers(tower: nn.Module, stacks: Sequence[nn.Module]) -> bool:
     """Whether a method outside the stacks turns tensors into lists of numbers."""
+    return any(_calls_tolist(cls) for cls in _classes_outside(tower, stacks))
+
+
+def _classes_outside(tower: nn.Module, stacks: Sequence[nn.Module]) -> set[type[nn.Module]]:
+    """Classes of modules in ``tower`` that are in none of the stacks."""
     inside = {id(m) for stack in stacks for m in stack.modules()}
-    classes = {type(m) for m in tower.modules() if id(m) not in inside and not type(m).__module__.startswith("torch.")}
-    return any(_calls_tolist(cls) for cls in classes)
+    return {type(m) for m in tower.modules() if id(m) not in inside and not type(m).__module__.startswith("torch.")}
 
 
 def _calls_tolist(cls: type) -> bool:
@@ -81,87 +100,3 @@ def _calls_tolist(cls: type) -> bool:
     except (OSError, TypeError):
         return False
     return ".tolist()" in source and "is_flash_attention_requested" not in source
-
-
-class StackBinder:
-    """Binds calls of a stack of layers: batch, patches and packed pictures are dynamic."""
-
-    def __init__(self, stack: nn.Module) -> None:
-        self.parameters = inspect.signature(stack.forward).parameters
-        inner = {name for m in stack.modules() for name in inspect.signature(m.forward).parameters}
-        self.packs = _LENGTHS in inner
-        self.takes_longest = "max_seqlen" in inner
-        self.layers = max(len(child) for child in stack.children() if isinstance(child, nn.ModuleList))
-        self.tied = False
-
-    def belongs_to(self, tower: nn.Module) -> None:
-        """Told of the tower around the stack, which may ask for its last hidden state."""
-        self.tied = compat.ties_last_state(tower)
-
-    @contextmanager
-    def tracing(self, module: nn.Module) -> Iterator[None]:
-        # "flash" in a name makes towers with masks look into them; only packed pictures need it
-        name = attention.ENCODER if self.packs else attention.DECODER
-        with attention.traced_with(attention.configs_below(module), name), compat.uncollected(module):
-            yield
-
-    def bind(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
-        """Raises NotCompilable when the tower collects what its layers compute."""
-        if compat.collects_outputs() and not (self.tied and compat.collects_last_state_only(self.layers)):
-            raise NotCompilable(
-                "the outputs of its layers are asked for, and they are inside the graph",
-                remedy="Call the tower without output_hidden_states and output_attentions.",
-            )
-        values = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        values = without_unread(module, {name: value for name, value in values.items() if value is not None})
-        states = values[next(name for name in _STATES if name in values)]
-        if compat.collects_outputs():
-            compat.settle_last_state(self.layers, states)
-        self._complete(values, states)
-        packed = _LENGTHS in values
-        batch = 1 if packed or states.dim() == 2 else states.shape[0]
-        sizes = _Sizes(None if packed or states.dim() == 2 else batch, states.shape[-2])
-        fillers = {_LENGTHS: _fill_lengths} if packed else {}
-        return Bound(dict(sorted(values.items())), sizes.label, fillers=fillers)
-
-    def _complete(self, values: dict[str, Any], states: torch.Tensor) -> None:
-        """Give every call the same arguments: a mask that hides nothing, lengths of a single picture."""
-        if self.packs:
-            alone = states.dim() == 2 or len(states) == 1
-            if _LENGTHS not in values and alone and "attention_mask" not in values:
-                values[_LENGTHS] = torch.tensor([0, states.shape[-2]], dtype=torch.int32, device=states.device)
-            if _LENGTHS in values and self.takes_longest:
-                values["max_seqlen"] = ANY_LENGTH
-        elif "attention_mask" in self.parameters and "attention_mask" not in values and states.dim() == 3:
-            batch, patches, _ = states.shape
-            values["attention_mask"] = states.new_ones(1, dtype=torch.bool).expand(batch, 1, patches, patches)
-
-    def form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, torch.Tensor | None]:
-        return form_of({**dict(zip(self.parameters, args, strict=False)), **kwargs}), None
-
-
-class _Sizes:
-    """Labels of a call of ``batch`` rows (``None``: packed in one) of ``patches`` each."""
-
-    def __init__(self, batch: int | None, patches: int) -> None:
-        self.batch = batch
-        self.patches = patches
-
-    def label(self, path: str, tensor: torch.Tensor) -> Labels:
-        if path == _LENGTHS:
-            return ("packed pictures",)
-        found: list[str | None] = [PATCHES if size == self.patches else None for size in tensor.shape]
-        if "mask" not in path and tensor.dim() > 1:  # the last dim holds features or coordinates
-            found[-1] = None
-            if path.split("[")[0] in _STATES:
-                found = [None] * tensor.dim()
-                found[-2] = PATCHES
-        has_rows = tensor.dim() > 2 or (tensor.dim() == 2 and "mask" in path)
-        if self.batch is not None and has_rows and tensor.shape[0] == self.batch:
-            found[0] = "batch"
-        return tuple(found)
-
-
-def _fill_lengths(sizes: Mapping[str, int], shape: Sequence[int]) -> torch.Tensor:
-    """Lengths of pictures that together have all patches."""
-    return torch.linspace(0, sizes[PATCHES], shape[0]).to(torch.int32)
