@@ -27,6 +27,7 @@ class Bound:
         example: makes the whole example call, where its tensors have to fit together; used instead of fillers.
         boundary: whether this call starts a sequence, so that the structure is looked at again.
         frequent: label -> size in most calls, where one is worth code of its own.
+        finish: makes the component's result of that of the graph, where it is more.
     """
 
     values: Mapping[str, Any]
@@ -36,6 +37,7 @@ class Bound:
     example: Callable[[], Mapping[str, Any]] | None = None
     boundary: bool = True
     frequent: Mapping[str, int] = field(default_factory=dict)
+    finish: Callable[[Any], Any] | None = None
 
 
 class Binder(Protocol):

@@ -39,6 +39,7 @@ class Call:
         values: arguments as given, by name (their state is written back after the call).
         mutable: leaves that an adapter lets the graph write into.
         copied: leaf -> the tensor as given, where the leaf is a contiguous copy of it.
+        finish: makes the component's result of that of the graph, where it is more.
     """
 
     key: tuple[Any, ...]
@@ -54,10 +55,11 @@ class Call:
     frequent: Mapping[str, int] = field(default_factory=dict)
     mutable: frozenset[int] = frozenset()
     copied: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    finish: Callable[[Any], Any] | None = None
 
     def description(self) -> Call:
         """The call without its tensors and values, to be kept without keeping them alive."""
-        return replace(self, leaves=[], values={}, example=None, copied={})
+        return replace(self, leaves=[], values={}, example=None, copied={}, finish=None)
 
 
 def make_call(
@@ -68,6 +70,7 @@ def make_call(
     sizes: Mapping[str, int] | None = None,
     example: Callable[[], Mapping[str, Any]] | None = None,
     frequent: Mapping[str, int] | None = None,
+    finish: Callable[[Any], Any] | None = None,
 ) -> Call:
     """Flatten named arguments.
 
@@ -79,6 +82,7 @@ def make_call(
         sizes: label -> size in the example, where one of its own would not do.
         example: makes the arguments of a whole example call.
         frequent: label -> size in most calls.
+        finish: makes the component's result of that of the graph.
 
     Raises:
         NotCompilable: an argument that cannot be passed to a graph.
@@ -100,6 +104,7 @@ def make_call(
         frequent=frequent or {},
         mutable=frozenset(out.mutable),
         copied=out.copied,
+        finish=finish,
     )
 
 

@@ -9,6 +9,7 @@ The captured graph is lowered once and called flat afterwards, without Dynamo.
 from __future__ import annotations
 
 import itertools
+import operator
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,6 +33,11 @@ from compile_policy.watch import suspended
 from compile_policy.watched import hidden_builtins
 
 _serial = itertools.count()
+_IN_PLACE: dict[Any, Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+}
 
 
 def compile_call(
@@ -173,6 +179,7 @@ class _Catcher:
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         assert self.graph is None, "a fullgraph capture yields one graph"
+        _name_sums(gm)
         arguments = [self._argument(n) for n in gm.graph.nodes if n.op == "placeholder"]
         env = tracing_shape_env()
         metadata = [n.meta["example_value"] for n in gm.graph.nodes if n.op == "placeholder"]
@@ -239,6 +246,20 @@ class _Catcher:
             if leaf is result:
                 return ("leaf", i)
         raise RuntimeError("an output of the component is neither a result of the graph nor one of its inputs")
+
+
+def _name_sums(gm: torch.fx.GraphModule) -> None:
+    """Write ``size += tensor`` as the sum that it is.
+
+    Dynamo notes it as an operator in place, and fx prints that as ``size += tensor``: from there on the size's name
+    stands for the sum. Drop this once Dynamo notes it as ``operator.add``.
+    """
+    for node in gm.graph.nodes:
+        plain = _IN_PLACE.get(node.target) if node.op == "call_function" else None
+        first = node.args[0] if plain else None
+        if isinstance(first, torch.fx.Node) and not isinstance(first.meta.get("example_value"), torch.Tensor):
+            node.target = plain
+            gm.recompile()
 
 
 def _source_record(node: torch.fx.Node) -> dict[str, Any]:

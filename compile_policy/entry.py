@@ -54,7 +54,7 @@ class Entry:
         result = self.output.build(results, {name: public_value(call.values[name]) for name in self.output.names})
         if self.state_sizes:
             self._write_back(call, iter(results[self.output.tensors :]))
-        return result
+        return result if call.finish is None else call.finish(result)
 
     def _as_given(self, call: Call, results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Where the graph saw a contiguous copy, the caller's tensor takes its place again."""

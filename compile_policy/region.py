@@ -171,7 +171,9 @@ class Region(Entries):
         structure = self._structure(look_again=bound.boundary or self.options.check_every_call)
         grad, inference, autocast, *ambient = compat.modes()
         extra = ((grad[1], inference[1], self.module.training, autocast[1]), structure, tuple(ambient))
-        return make_call(bound.values, bound.label, extra, bound.fillers, bound.sizes, bound.example, bound.frequent)
+        return make_call(
+            *(bound.values, bound.label, extra, bound.fillers, bound.sizes, bound.example, bound.frequent, bound.finish)
+        )
 
     def _structure(self, *, look_again: bool) -> int:
         """The structure's number, looked at while no other thread captures: that changes the module for a moment."""

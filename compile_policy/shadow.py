@@ -7,6 +7,7 @@ So a component can be run and traced with fewer layers while other threads use i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -57,4 +58,7 @@ def _copied(module: M) -> M:
     copy.__dict__.update(module.__dict__)
     copy.__dict__["_modules"] = dict(module._modules)
     copy.__dict__.pop("_compiled_call_impl", None)
+    forward = copy.__dict__.get("forward")
+    if isinstance(forward, MethodType) and forward.__self__ is module:  # a method of this instance alone
+        copy.__dict__["forward"] = MethodType(forward.__func__, copy)
     return copy

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from calling_decoders import CallsAmong, model_with
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -171,9 +172,19 @@ def test_unsupported_model() -> None:
 
 def test_inseparable_decoder() -> None:
     """A decoder with the tower among its layers runs eager and the warning names the tower."""
-    with pytest.warns(PolicyWarning, match="IdeficsVisionTransformer"):
-        plan = make_plan(_meta("idefics"), DEFAULT)
-    _assert_all_eager(plan, "IdeficsVisionTransformer")
+    with pytest.warns(PolicyWarning, match="CallsAmong holds Eye"):
+        plan = make_plan(model_with(CallsAmong), DEFAULT)
+    _assert_all_eager(plan, "CallsAmong holds Eye")
+
+
+def test_decoder_that_calls_a_tower_first() -> None:
+    """A decoder that calls its tower before its layers is compiled, and so is the tower when asked."""
+    plan = make_plan(_meta("idefics"), DEFAULT)
+    (decoder,) = plan.compiled()
+    assert decoder.qualname == "model" and "its layers alone" in decoder.reason
+    with pytest.warns(PolicyWarning, match="experimental"):
+        plan = make_plan(_meta("idefics"), CompilationConfig(compile_mm_encoder=True))
+    assert [c.qualname for c in plan.compiled()] == ["model", "model.vision_model"]
 
 
 def test_plan_is_plain_data() -> None:

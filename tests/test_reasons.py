@@ -9,21 +9,22 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
+from calling_decoders import CallsAmong, RemembersAmong, model_with
 from torch import nn
 from transformers.cache_utils import DynamicLayer
 
+from compile_policy.applied import apply
+from compile_policy.config import CompilationConfig
 from compile_policy.events import Event, listening
 from compile_policy.failure import place_in
 from compile_policy.options import RegionOptions
 from compile_policy.region import Region, SignatureBinder
 from compile_policy_transformers.base import find_components
 from compile_policy_transformers.cache_layers import unknown
-from compile_policy_transformers.components import meta_model
 from compile_policy_transformers.matrix import Cell, _cells, _place
 from compile_policy_transformers.matrix_requests import prompts_of
-from compile_policy_transformers.tiny import tiny_config, tiny_model
+from compile_policy_transformers.tiny import tiny_model
 
 
 def _cell(model_type: str, kind: str, requests: int = 1) -> Cell:
@@ -77,11 +78,10 @@ def test_a_result_that_no_graph_returns() -> None:
     assert "ReturnsMore.forward returns a Bag" in region.fallback and "Bag()" in _code(region.fallback)
 
 
-@pytest.mark.parametrize(("model_type", "line"), [("idefics", "self.vision_model(")])
-def test_a_tower_among_the_layers(model_type: str, line: str) -> None:
+def test_a_tower_among_the_layers() -> None:
     """The line that calls the tower is named."""
-    decoder = next(f for f in find_components(meta_model(tiny_config(model_type))) if f.role == "decoder")
-    assert line in _code(decoder.obstacle)
+    decoder = next(f for f in find_components(model_with(CallsAmong)) if f.role == "decoder")
+    assert "self.eye(" in _code(decoder.obstacle)
 
 
 def test_a_decoder_behind_its_embeddings() -> None:
@@ -98,10 +98,16 @@ def test_a_mask_that_is_returned() -> None:
 
 
 def test_a_model_inside_the_decoder() -> None:
-    """evolla's own line is named, not that of Transformers' hook, and no mask of ours is in the way before."""
-    cell = _cell("evolla", "none")
-    assert cell.state == "eager" and cell.place.startswith("modeling_evolla.py:"), cell
-    assert "before this line a model inside was called" in cell.reason and "in subclasses of both" in cell.remedy
+    """The model's own line is named, not that of Transformers' hook."""
+    told: list[Event] = []
+    model = model_with(RemembersAmong)
+    with listening(told.append), torch.no_grad():
+        apply(model, CompilationConfig(backend="eager"))
+        model(input_ids=torch.arange(8, 14)[None], use_cache=False)
+    (event,) = [e for e in told if e.kind == "fallback"]
+    assert "before this line a model inside was called" in event.data["reason"], event
+    assert "in subclasses of both" in event.data["remedy"]
+    assert event.data["file"].endswith("modeling_llama.py")
 
 
 def test_the_place_of_an_argument() -> None:

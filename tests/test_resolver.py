@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from calling_decoders import CallsAmong, model_with
 from torch import nn
 from transformers import LlamaConfig, PreTrainedModel, Qwen2_5_VLConfig
 
@@ -13,6 +14,7 @@ from compile_policy.errors import UnsupportedModelError
 from compile_policy_transformers import compat
 from compile_policy_transformers.base import _get_decoder_cls, called_components, find_components
 from compile_policy_transformers.components import RULES, Found, holds, meta_model
+from compile_policy_transformers.forward_parts import parts_of
 from compile_policy_transformers.multimodal import _get_encoder_cls
 from compile_policy_transformers.tiny import known_model_types, tiny_config, tiny_inputs, tiny_model
 
@@ -72,7 +74,7 @@ def _meta(model_type: str) -> PreTrainedModel:
 
 
 def _assert_disjoint(found: list[Found]) -> None:
-    clean = [f for f in found if not f.obstacle]
+    clean = [f for f in found if not f.obstacle and parts_of(f.module) is None]
     for outer in clean:
         assert not [inner.qualname for inner in found if inner is not outer and holds(outer.module, inner.module)]
 
@@ -100,13 +102,13 @@ def test_a_head_inside_the_decoders_forward() -> None:
     _assert_disjoint(found)
 
 
-@pytest.mark.parametrize(("model_type", "held"), [("idefics", "IdeficsVisionTransformer")])
-def test_inseparable_decoder_says_why(model_type: str, held: str) -> None:
-    """Where head or tower sit beside the layers themselves, the obstacle names them."""
-    decoder = next(f for f in find_components(_meta(model_type)) if f.role == "decoder")
-    assert held in decoder.obstacle
-    with pytest.raises(UnsupportedModelError, match=held):
-        _get_decoder_cls(_meta(model_type))
+def test_inseparable_decoder_says_why() -> None:
+    """Where a tower is called among the layers themselves, the obstacle names it."""
+    model = model_with(CallsAmong)
+    decoder = next(f for f in find_components(model) if f.role == "decoder")
+    assert "CallsAmong holds Eye" in decoder.obstacle
+    with pytest.raises(UnsupportedModelError, match="CallsAmong holds Eye"):
+        _get_decoder_cls(model)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,6 @@ def test_wrapped_by_peft() -> None:
 
 
 NEEDS_TIMM = {"gemma3n"}
-INSEPARABLE = {"idefics"}
 WITHOUT_ENCODER = {"chameleon", "emu3", "evolla", "fuyu", "gemma4_unified", "mistral4", "udop"}
 
 
@@ -217,7 +218,7 @@ def test_every_image_text_architecture(model_type: str) -> None:
     found = find_components(model)
     _assert_disjoint(found)
     decoders = [f for f in found if f.role == "decoder"]
-    assert len(decoders) == 1 and bool(decoders[0].obstacle) == (model_type in INSEPARABLE)
+    assert len(decoders) == 1 and not decoders[0].obstacle
     assert any(f.role.startswith("encoder") for f in found) != (model_type in WITHOUT_ENCODER)
     takes_pictures = {"image", "video"} & set(model.input_modalities)
     inputs = tiny_inputs(model, text_len=12, images=[(56, 84)] if takes_pictures else ())

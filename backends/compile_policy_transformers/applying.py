@@ -21,8 +21,10 @@ from compile_policy_transformers.audio import SoundBinder
 from compile_policy_transformers.chains import as_chain, unchain
 from compile_policy_transformers.components import meta_model
 from compile_policy_transformers.decoder import DecoderBinder
+from compile_policy_transformers.forward_parts import parts_of
 from compile_policy_transformers.outputs import use_for_outputs
 from compile_policy_transformers.planning import make_plan
+from compile_policy_transformers.split_decoder import SplitDecoderBinder
 from compile_policy_transformers.stack_calls import StackBinder
 from compile_policy_transformers.stacks import is_stack
 from compile_policy_transformers.vision import EncoderBinder, is_grid_tower
@@ -82,7 +84,8 @@ def _attach(model: torch.nn.Module, component: Component, config: CompilationCon
 def binder_for(role: str, module: torch.nn.Module) -> Binder:
     """How calls of a component with this role are made canonical."""
     if role == "decoder":
-        return DecoderBinder(module)
+        parts = parts_of(module)
+        return DecoderBinder(module) if parts is None else SplitDecoderBinder(module, parts)
     if role == "encoder[audio]":
         return SoundBinder(module)
     if isinstance(module, torch.nn.ModuleList) or (is_stack(module) and not is_grid_tower(module)):

@@ -21,6 +21,9 @@ from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
 DECODER = "compile_policy"
 ADDITIVE = "compile_policy_additive"
+#: Masks alone, for what runs eager before a graph; on the configuration: which masks are made, and those that were.
+NOTED = "compile_policy_noted"
+NOTED_AS, NOTED_MASKS = "_noted_as", "_noted_masks"
 ENCODER = "compile_policy_flash_varlen"
 
 #: Implementations that compute what `dense_attention` computes; others are the user's choice and traced as they are.
@@ -49,6 +52,14 @@ def additive_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any)
         return None
     zero = torch.zeros((), dtype=dtype, device=mask.device)
     return torch.where(mask, zero, torch.finfo(dtype).min)
+
+
+def noted_mask(*args: Any, config: Any, **kwargs: Any) -> torch.Tensor | None:
+    """The mask of ``DECODER`` or ``ADDITIVE``, put down in the list that the configuration brings."""
+    make = additive_mask if getattr(config, NOTED_AS) == ADDITIVE else decoder_mask
+    mask = make(*args, config=config, **kwargs)
+    getattr(config, NOTED_MASKS).append(mask)
+    return mask
 
 
 def dense_attention(
@@ -212,6 +223,7 @@ AttentionInterface.register(DECODER, dense_attention)
 AttentionMaskInterface.register(DECODER, decoder_mask)
 AttentionInterface.register(ADDITIVE, dense_attention)
 AttentionMaskInterface.register(ADDITIVE, additive_mask)
+AttentionMaskInterface.register(NOTED, noted_mask)
 AttentionInterface.register(ENCODER, encoder_attention)
 AttentionMaskInterface.register(ENCODER, dense_mask)
 

@@ -18,6 +18,7 @@ from compile_policy.errors import UnsupportedModelError
 from compile_policy.failure import place_in
 
 from .components import Found, as_model, holds, qualname, rule_for
+from .forward_parts import parts_of
 from .multimodal import decoder_as_named, find_encoders
 
 
@@ -39,7 +40,8 @@ def _get_decoder_cls(config_or_model: PreTrainedConfig | nn.Module) -> type[nn.M
 def find_components(model: nn.Module) -> list[Found]:
     """The components of a model: decoder first, then encoders, head, and the rest as projectors.
 
-    No component holds another one, except a decoder with an ``obstacle``.
+    No component holds another one, except a decoder that calls a tower itself: before its layers, which are compiled
+    alone then (`forward_parts.py`), or among them, which is an ``obstacle``.
     """
     rule = rule_for(model)
     if rule is not None and rule.inner:
@@ -110,6 +112,8 @@ def _descend(module: nn.Module, others: list[nn.Module]) -> tuple[nn.Module, str
         below = [c for c in children if _holds_blocks(c, others)]
         if below:
             return _descend(max(below, key=_size), others)
+    if parts_of(module) is not None:  # what is inside is called before its layers, which are compiled
+        return module, ""
     names = " and ".join(sorted({type(other).__name__ for other in inside}))
     own = f"{type(module).__name__} holds {names} beside its own layers"
     return module, f"{own} and calls it itself ({_calls(module, inside[0])}), so neither can be compiled alone"

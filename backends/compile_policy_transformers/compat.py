@@ -5,7 +5,7 @@ When an upgrade breaks one, this is the file to change.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -152,23 +152,28 @@ class _Settled(list[Any]):
         pass
 
 
+def quietly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, traced without collecting."""
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            return function(*args, **kwargs)
+        token = output_capturing_of_transformers._active_collector.set(None)
+        out = function(*args, **kwargs)
+        output_capturing_of_transformers._active_collector.reset(token)
+        return out
+
+    return traced
+
+
 @contextmanager
 def uncollected(module: nn.Module) -> Iterator[None]:
     """Have ``module`` traced without collecting: its hooks ask a context variable, which Dynamo cannot follow.
 
     Only what is traced changes; calls that other threads make meanwhile collect as ever.
     """
-    forward, own = module.forward, module.__dict__.get("forward")
-
-    def traced(*args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_dynamo_compiling():
-            return forward(*args, **kwargs)
-        token = output_capturing_of_transformers._active_collector.set(None)
-        out = forward(*args, **kwargs)
-        output_capturing_of_transformers._active_collector.reset(token)
-        return out
-
-    module.__dict__["forward"] = traced
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = quietly(module.forward)
     try:
         yield
     finally:

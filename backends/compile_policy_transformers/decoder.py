@@ -30,10 +30,9 @@ from compile_policy_transformers.decoder_masks import DecoderMasks, as_prepared,
 from compile_policy_transformers.decoder_rules import rule_of
 from compile_policy_transformers.deepstack import DeepstackFeatures
 from compile_policy_transformers.embedded import PICTURES, PLACES, with_pictures
-from compile_policy_transformers.experts import grouped, looping_experts
-from compile_policy_transformers.indexers import selecting, selecting_indexers
 from compile_policy_transformers.lengths import Lengths, held_by
 from compile_policy_transformers.positions import OwnPositions
+from compile_policy_transformers.recipes import traceable_layers
 from compile_policy_transformers.recurrent_mixers import RecurrentDecoder
 from compile_policy_transformers.repeat import DecodeSteps, Step
 
@@ -79,8 +78,8 @@ class DecoderBinder:
     @contextmanager
     def tracing(self, module: torch.nn.Module) -> Iterator[None]:
         attends = attention.traced_with(attention.configs_below(module), self.masks.implementation)
-        own_code = grouped(looping_experts(module)), selecting(selecting_indexers(module)), self.recurrent.tracing()
-        with compat.output_capturing(module), attends, as_prepared(module), own_code[0], own_code[1], own_code[2]:
+        own_code = traceable_layers(module)
+        with compat.output_capturing(module), attends, as_prepared(module), own_code, self.recurrent.tracing():
             yield
 
     def bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:

@@ -50,12 +50,6 @@ RULES: tuple[DecoderRule, ...] = (
         returns_mask=True,
     ),
     DecoderRule(
-        "evolla",
-        "modeling_evolla.py, EvollaModel.forward: hands the padding mask on to its layers, as query_attn_mask",
-        until="EvollaModel hands on the mask of its queries alone",
-        padding_mask=True,
-    ),
-    DecoderRule(
         "blip_text_model",
         "modeling_blip_text.py, BlipTextEncoder.forward: a decoder by name, an encoder-decoder by its cache",
         until="BlipTextModel is handed an EncoderDecoderCache by generate",

@@ -16,6 +16,7 @@ from compile_policy.plan import Component, Decision, Plan
 from . import compat
 from .base import find_components
 from .components import Found
+from .forward_parts import parts_of
 from .stacks import stacks_of
 
 AUTO_COMPILE_NOTE = "generate()'s own auto-compile of the whole model is turned off while the policy is applied."
@@ -100,7 +101,8 @@ def _decide(found: Found, config: CompilationConfig) -> tuple[Decision, str, str
     if found.role == "decoder":
         obstacle = _decoder_obstacle(found)
         if obstacle is None:
-            return "compile", f"the language decoder is always compiled{_level(config)}", ""
+            alone = "" if parts_of(found.module) is None else "; its layers alone, since it calls a model before them"
+            return "compile", f"the language decoder is always compiled{_level(config)}{alone}", ""
         _warn(f"decoder {found.qualname}".strip(), obstacle)
         return "eager", obstacle.reason, obstacle.remedy
     if _is_encoder(found):
