@@ -138,9 +138,7 @@ def test_layers_step_by_step(name: str, steps: Sequence[int]) -> None:
         seen = _through_a_graph(mine, states)
         for i, new in enumerate(states):
             keys, values = stock.layers[i].update(new, -new)
-            if not isinstance(
-                stock.layers[i], Plain
-            ):  # whose twin shows what is held and what is new, whatever of that the mask hides
+            if not isinstance(stock.layers[i], Plain):  # whose twin shows the whole window
                 assert torch.equal(seen[i][0], keys) and torch.equal(seen[i][1], values)
             _assert_equal(mine.layers[i], stock.layers[i])
     assert set(cache_moves.groups(mine)) == {i for i, x in enumerate(mine.layers) if not isinstance(x, Plain)}

@@ -18,6 +18,7 @@ from compile_policy.region import Binder, Region, region_of
 from compile_policy.saving import ignore_attributes
 from compile_policy_transformers import compat
 from compile_policy_transformers.audio import SoundBinder
+from compile_policy_transformers.canvas import CanvasBinder, reads_a_canvas
 from compile_policy_transformers.chains import as_chain, unchain
 from compile_policy_transformers.components import meta_model
 from compile_policy_transformers.decoder import DecoderBinder
@@ -83,6 +84,8 @@ def _attach(model: torch.nn.Module, component: Component, config: CompilationCon
 
 def binder_for(role: str, module: torch.nn.Module) -> Binder:
     """How calls of a component with this role are made canonical."""
+    if role == "decoder" and reads_a_canvas(module):
+        return CanvasBinder(module)
     if role == "decoder":
         parts = parts_of(module)
         return DecoderBinder(module) if parts is None else SplitDecoderBinder(module, parts)

@@ -115,6 +115,10 @@ def output_capturing(module: nn.Module) -> Iterator[None]:
             m.__dict__.pop(_CAPTURING, None)
 
 
+#: What returns the compiled parts of a model that generates by diffusion: encoder, forward, and what it was given.
+_COMPILES = "_compile_functions"
+
+
 def _never(*args: Any, **kwargs: Any) -> bool:
     return False
 
@@ -126,11 +130,15 @@ def disable_auto_compile(model: nn.Module) -> None:
     """
     if hasattr(model, "_valid_auto_compile_criteria"):
         model.__dict__["_valid_auto_compile_criteria"] = _never
+    if hasattr(model, _COMPILES):  # block diffusion has a generate of its own, which never asks
+        own: Any = model
+        model.__dict__[_COMPILES] = lambda *parts: (own.model.encoder, own.forward, *parts)
 
 
 def enable_auto_compile(model: nn.Module) -> None:
     """Undo `disable_auto_compile`."""
     model.__dict__.pop("_valid_auto_compile_criteria", None)
+    model.__dict__.pop(_COMPILES, None)
 
 
 register_lookup_table(

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel
 
 from compile_policy.applied import apply, plan, remove, report
 from compile_policy.config import CompilationConfig
@@ -237,6 +237,10 @@ def _attempt(model: PreTrainedModel, prompt: dict[str, Any], kind: str) -> Any:
             return [_without_padding(logits, prompt.get("attention_mask"))]
         options: dict[str, Any] = {"cache_implementation": "static"} if kind == "static" else {}
         generate: Any = model.generate
+        noted = _Noted()
+        if not isinstance(model, GenerationMixin):  # it generates by diffusion, and returns no logits
+            options |= {"logits_processor": LogitsProcessorList([noted]), "max_denoising_steps": NEW_TOKENS}
+            options |= {"disable_compile": True}
         out = generate(
             **prompt,
             **options,
@@ -246,9 +250,20 @@ def _attempt(model: PreTrainedModel, prompt: dict[str, Any], kind: str) -> Any:
             output_logits=True,
             return_dict_in_generate=True,
         )
-        return list(out.logits)
+        return noted.logits or list(out.logits)
     except Exception as error:
         return error
+
+
+class _Noted:
+    """A logits processor that changes nothing."""
+
+    def __init__(self) -> None:
+        self.logits: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.logits.append(scores.clone())
+        return scores
 
 
 def _without_padding(logits: torch.Tensor, mask: Any) -> torch.Tensor:
