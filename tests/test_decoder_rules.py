@@ -21,7 +21,7 @@ from compile_policy_transformers.matrix_requests import prompts_of
 from compile_policy_transformers.tiny import tiny_config, tiny_inputs, tiny_model
 
 #: Rule -> an architecture that runs by it.
-WITH = {"bloom": "bloom", "udop": "udop", "blip_text_model": "blip"}
+WITH = {"bloom": "bloom", "udop": "udop", "blip_text_model": "blip", "qwen4_exp_text": "qwen4_exp"}
 
 
 @pytest.mark.parametrize("rule", [r.model_type for r in decoder_rules.RULES])
@@ -31,7 +31,7 @@ def test_rules_are_about_something(rule: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", ["bloom", *(pytest.param(r, marks=pytest.mark.slow) for r in ("udop", "blip_text_model"))]
+    "rule", ["bloom", *(pytest.param(r, marks=pytest.mark.slow) for r in ("udop", "blip_text_model", "qwen4_exp_text"))]
 )
 def test_rules_are_needed(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its row the decoder runs eager, and answers as eager does."""

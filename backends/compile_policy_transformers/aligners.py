@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from compile_policy_transformers.indexers import fingerprint
+from compile_policy_transformers.known_code import fingerprint
 
 #: Fingerprint of the code that the twin stands for.
 _FORWARD = "9850b0482cf4bdb3"

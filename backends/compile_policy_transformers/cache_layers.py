@@ -149,12 +149,16 @@ def _holds_any(layer: Any) -> bool:
     return bool(layer.is_initialized) and layer.keys is not None and layer.keys.numel() > 0  # a dummy has none
 
 
-def layer_shapes(cache: Cache) -> list[LayerShape]:
-    """Shapes of a cache that has seen at least one call."""
-    return [_shape(layer) for layer in cache.layers]
+def layer_shapes(cache: Cache, first_token: int | None = None) -> list[LayerShape]:
+    """Shapes of a cache that has seen at least one call.
+
+    Args:
+        first_token: what a history of token ids is filled with where nothing came before.
+    """
+    return [_shape(layer, first_token) for layer in cache.layers]
 
 
-def _shape(layer: Any) -> LayerShape:
+def _shape(layer: Any, first_token: int | None) -> LayerShape:
     name = next((n for n, v in vars(layer).items() if "key" in n and isinstance(v, torch.Tensor) and v.dim() == 4), "")
     keys, values = (getattr(layer, n, None) for n in (name, name.replace("key", "value")))
     if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and values.dim() == 4:
@@ -162,7 +166,7 @@ def _shape(layer: Any) -> LayerShape:
     else:
         keys = values = None
     indexer, positions = states.indexer_shapes(layer)
-    linear = states.state_shapes(layer) if states.is_linear(layer) else None
+    linear = states.state_shapes(layer, first_token) if states.is_linear(layer) else None
     return LayerShape(keys, values, linear, indexer, positions)
 
 

@@ -2,7 +2,8 @@
 
 Linear attention keeps convolution and recurrent states of fixed size, which it overwrites in place. Whether they hold
 anything yet is a flag, by which models choose another way through their code; inside a graph it is always set, because
-states of zeros, which new and reset layers have, mean the same as none. An indexer keeps keys of its own, which grow
+states of zeros, which new and reset layers have, mean the same as none. Only a history of token ids means something
+else by zeros, and is filled with what the model takes for none. An indexer keeps keys of its own, which grow
 or fill up as the others do.
 """
 
@@ -23,10 +24,15 @@ _GROUPS = ("conv_states", "recurrent_states")
 
 @dataclass(frozen=True)
 class StateShapes:
-    """Sizes behind the batch, and dtype, of each state by group and number; the length of each convolution."""
+    """Sizes behind the batch, and dtype, of each state by group and number; the length of each convolution.
+
+    Attributes:
+        histories: number of each state that holds token ids -> the token that it is full of before the first call.
+    """
 
     states: Mapping[str, Mapping[int, tuple[tuple[int, ...], torch.dtype]]]
     kernels: Mapping[int, int | None]
+    histories: Mapping[int, int]
 
 
 def is_linear(layer: Any) -> bool:
@@ -40,19 +46,23 @@ def is_indexed(layer: Any) -> bool:
 # -- linear attention -------------------------------------------------------------------------------------------------
 
 
-def state_shapes(layer: Any) -> StateShapes:
+def state_shapes(layer: Any, first_token: int | None) -> StateShapes:
     """Shapes in a layer that has seen a call."""
     states = {
         group: {n: (tuple(t.shape[1:]), t.dtype) for n, t in getattr(layer, group).items() if t is not None}
         for group in _GROUPS
     }
-    return StateShapes(states, dict(layer.conv_kernel_size))
+    whole = [n for n, (_, dtype) in states["conv_states"].items() if not dtype.is_floating_point]
+    histories = {} if first_token is None else dict.fromkeys(whole, first_token)
+    return StateShapes(states, dict(layer.conv_kernel_size), histories)
 
 
 def states_missing(layer: Any, shapes: StateShapes | None) -> bool:
     """Whether a state that the decoder uses has no tensor yet; before any shape is known, all of them."""
     if shapes is None:
         return not any(layer.has_previous_state.values())
+    if not all(layer.has_previous_state[n] for n in shapes.histories):  # new, or reset to zeros
+        return True
     return any(getattr(layer, group)[n] is None for group, found in shapes.states.items() for n in found)
 
 
@@ -64,6 +74,9 @@ def initialise_states(layer: Any, shapes: StateShapes, batch: int, device: torch
                 state = torch.zeros((batch, *sizes), dtype=dtype, device=device)
                 kernel = {"conv_kernel_size": shapes.kernels[n]} if group == "conv_states" else {}
                 layer.lazy_initialization(**{group: state}, state_idx=n, **kernel)
+    for n, token in shapes.histories.items():
+        if not layer.has_previous_state[n]:
+            layer.conv_states[n].fill_(token)
 
 
 def flatten_states(layer: Any, out: Leaves, path: str) -> tuple[Any, ...]:

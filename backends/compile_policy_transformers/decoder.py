@@ -35,6 +35,7 @@ from compile_policy_transformers.positions import OwnPositions
 from compile_policy_transformers.recipes import traceable_layers
 from compile_policy_transformers.recurrent_mixers import RecurrentDecoder
 from compile_policy_transformers.repeat import DecodeSteps, Step
+from compile_policy_transformers.token_ids import TokenIds
 
 #: Visual tokens are some of the example's 2 x 3 positions.
 _EXAMPLE_SIZES = {"batch": 2, "sequence": 3, "visual_tokens": 5}
@@ -54,6 +55,7 @@ class DecoderBinder:
         config: Any = decoder.config
         self.config = config
         self.rule = rule_of(config)
+        self.ids = TokenIds(decoder, self.rule)
         self.masks = DecoderMasks(decoder)
         self.kinds = tuple(getattr(config, "layer_types", None) or ())
         self.parameters = inspect.signature(decoder.forward).parameters
@@ -89,6 +91,7 @@ class DecoderBinder:
         batch, length = embeds.shape[:2]
         if length == 0:
             raise NotCompilable("a call without tokens")
+        self.ids.complete(values, tokens, embeds)
         if self.takes_pictures:
             embeds = values["inputs_embeds"] = with_pictures(embeds, values)
         cache = self._cache(module, values, embeds)
@@ -204,7 +207,8 @@ class DecoderBinder:
     ) -> list[cache_layers.LayerShape]:
         """Learned once a dtype by an eager call: configurations name heads and dims in too many ways."""
         if embeds.dtype not in self.shapes:
-            two_tokens = {"inputs_embeds": embeds.new_zeros(1, 2, embeds.shape[2])}
+            zeros = embeds.new_zeros(1, 2, embeds.shape[2])
+            two_tokens = {"inputs_embeds": zeros, **self.ids.of(zeros)}
             try:
                 self.shapes[embeds.dtype] = self._shapes_after(module, two_tokens)
             except Exception:  # it needs more than embeddings: the caller's call has all that
@@ -218,7 +222,7 @@ class DecoderBinder:
         with torch.no_grad():
             module.forward(**values)
         own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-        return cache_layers.layer_shapes(own)
+        return cache_layers.layer_shapes(own, self.ids.first)
 
     def position_ids(self, ids: torch.Tensor | None, embeds: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """Position ids of every row and of every kind of position that the decoder has."""

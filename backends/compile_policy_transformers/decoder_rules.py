@@ -23,6 +23,9 @@ class DecoderRule:
         padding_dtype: of the mask that it makes where none is given.
         returns_mask: it returns that mask, which the graph's would differ from where a cache has empty slots.
         wraps_cache: it puts a plain `DynamicCache` into an `EncoderDecoderCache`, and returns that.
+        ids: the argument in which it reads token ids beside their embeddings, where its configuration has
+            ``ids_where``; its method ``ids_from`` finds those of embeddings. Its cache keeps the last ones, and ends of
+            sequences where nothing came before.
     """
 
     model_type: str
@@ -32,6 +35,9 @@ class DecoderRule:
     padding_dtype: torch.dtype = torch.long
     returns_mask: bool = False
     wraps_cache: bool = False
+    ids: str = ""
+    ids_where: str = ""
+    ids_from: str = ""
 
 
 RULES: tuple[DecoderRule, ...] = (
@@ -54,6 +60,14 @@ RULES: tuple[DecoderRule, ...] = (
         "modeling_blip_text.py, BlipTextEncoder.forward: a decoder by name, an encoder-decoder by its cache",
         until="BlipTextModel is handed an EncoderDecoderCache by generate",
         wraps_cache=True,
+    ),
+    DecoderRule(
+        "qwen4_exp_text",
+        "modeling_qwen4_exp.py, Qwen4ExpTextNGramEmbedding.forward: hashes the last token ids of a sequence",
+        until="its history of ids begins with zeros, and the model around hands the ids on in every call",
+        ids="ple_input_ids",
+        ids_where="ple_layer_ids",
+        ids_from="reverse_embedding",
     ),
 )
 

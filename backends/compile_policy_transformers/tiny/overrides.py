@@ -114,6 +114,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config.indexer_head_dim": 16,
         "text_config.indexer_budget": 8,
         "text_config.indexer_compress_ratio": 2,
+        "text_config.ple_layer_ids": [1],
+        "text_config.ple_embed_dim": 64,
+        "text_config.number_of_conv_states": 3,
+        "text_config.ngram_vocab_size_base": 64,
+        "text_config.eos_token_id": 1,
     },
     "step3p7": {
         "text_config.layer_types": ["full_attention", "sliding_attention"],
