@@ -31,13 +31,11 @@ _IGNORABLE_ORIGINS = (
 # `.contiguous()` and `.reshape()` ask whether a copy is needed, which a size of 1 can answer in another way. With the
 # copy or without, the values are the same; that nothing is written through an alias, the proof of each form shows.
 _ASKS_FOR_COPY = re.compile(r"\.(contiguous|reshape)\(.* in run_node\)", re.DOTALL)
-# nn.Linear asks whether its input is contiguous, and multiplies folded or not: as in matmul, the same product. An
-# assignment to a part of a tensor leaves leading sizes of 1 out of the value, which broadcasts all the same.
-_EQUAL_FOR_ONE = re.compile(
-    r"^(return F\.linear\(input, self\.weight, self\.bias\)"
-    r"|[\w.]+\[[^\]()]*\] = (\(|[\w.]+(\[[^\]()]*\])?))  # .* in run_node\)",
-    re.DOTALL,
-)
+# An assignment to a part of a tensor leaves leading sizes of 1 out of the value, which broadcasts all the same.
+_ASSIGNS = re.compile(r"^[\w.]+\[[^\]()]*\] = (\(|[\w.]+(\[[^\]()]*\])?)  # .* in run_node\)", re.DOTALL)
+# nn.Linear asks whether its input is contiguous, and multiplies folded or not: as in matmul, the same product. Code for
+# an input that is not holds for one that is.
+_MULTIPLIES = re.compile(r"^return F\.linear\(input, self\.weight, self\.bias\)  # .* in run_node\)", re.DOTALL)
 _LEAF = re.compile(r"\bs\[(\d+)\]")
 _LINE = re.compile(r"# (?!nn/)(?:\S*/)?(\w+\.py:\d+) in \w+")  # of the model, not of torch.nn
 _FUNCTIONS: dict[str, Any] = {"Max": max, "Min": min, "floor": lambda x: int(x // 1), "math": math}
@@ -121,8 +119,12 @@ def _ignorable(guard: Any) -> bool:
     origin = guard_origin(guard)
     if any(name in origin for name in _IGNORABLE_ORIGINS):
         return True
-    not_one = isinstance(guard.expr, sympy.Ne) and sympy.Integer(1) in guard.expr.args
-    return not_one and (_ASKS_FOR_COPY.search(origin) or _EQUAL_FOR_ONE.search(origin.strip())) is not None
+    if not isinstance(guard.expr, sympy.Ne):
+        return False
+    asked = origin.strip()
+    if _MULTIPLIES.search(asked):
+        return True
+    return sympy.Integer(1) in guard.expr.args and bool(_ASKS_FOR_COPY.search(asked) or _ASSIGNS.search(asked))
 
 
 def _first_places(places: Sequence[tuple[str, Any]], env: Any, n_leaves: int) -> dict[sympy.Symbol, str]:
