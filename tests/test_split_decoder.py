@@ -263,6 +263,36 @@ def test_the_aligner_of_evolla() -> None:
     assert not any("forward" in vars(m) for m in layers)
 
 
+def test_the_tower_of_phi4_calls_itself_causal() -> None:
+    """Where no patch is padding, Transformers leaves its mask out, and SDPA is causal then: one graph for both."""
+    model = tiny_model("phi4_multimodal")
+    tower = model.get_submodule("model.embed_tokens_extend.image_embed.img_processor")
+    torch.manual_seed(0)
+    pixels, padded = torch.randn(3, 3, 56, 56), torch.ones(3, 4, 4, dtype=torch.bool)
+    padded[1, :, 3:] = False
+    masks = (padded, torch.ones_like(padded), padded[:1])
+    with torch.no_grad():
+        want = [tower(pixels[: len(m)], patch_attention_mask=m).last_hidden_state for m in masks]
+        with pytest.warns(cp.PolicyWarning, match="experimental"):
+            cp.apply(model, cp.CompilationConfig(backend="eager", compile_mm_encoder=True))
+        got = [tower(pixels[: len(m)], patch_attention_mask=m).last_hidden_state for m in masks]
+    assert (want[0][0] - want[1][0]).abs().max() > 0.1  # the same picture, its neighbour is padded
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    row = next(c for c in cp.report(model).components if "img_processor" in c.qualname)
+    assert (row.graphs, row.eager_calls) == (1, 0), row
+
+
+def test_pictures_of_phi4() -> None:
+    """Crops of several pictures reach the tower and change what comes out, beside sound too."""
+    model = tiny_model("phi4_multimodal")
+    inputs = tiny_inputs(model, text_len=6, images=[(56, 56), (112, 56)], sounds=[40])
+    assert inputs["image_pixel_values"].shape[:2] == (2, 3)
+    blank = {**inputs, "image_pixel_values": torch.zeros_like(inputs["image_pixel_values"])}
+    with torch.no_grad():
+        assert (model(**inputs).logits - model(**blank).logits).abs().max() > 0.1
+
+
 def _measured(model_type: str, kinds: tuple[str, ...], requests: int) -> None:
     model = tiny_model(model_type)
     with warnings.catch_warnings(), torch.no_grad():

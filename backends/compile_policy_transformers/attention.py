@@ -25,6 +25,7 @@ ADDITIVE = "compile_policy_additive"
 NOTED = "compile_policy_noted"
 NOTED_AS, NOTED_MASKS = "_noted_as", "_noted_masks"
 ENCODER = "compile_policy_flash_varlen"
+CAUSAL_ENCODER = f"{ENCODER}_causal"
 
 #: Implementations that compute what `dense_attention` computes; others are the user's choice and traced as they are.
 REPLACED = frozenset({"sdpa", "eager", None})
@@ -52,6 +53,17 @@ def additive_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any)
         return None
     zero = torch.zeros((), dtype=dtype, device=mask.device)
     return torch.where(mask, zero, torch.finfo(dtype).min)
+
+
+def causal_where_open(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """`dense_mask` as the attention of a module that calls itself causal sees it.
+
+    Transformers leaves a bidirectional mask out where it hides nothing, and SDPA is causal without one.
+    """
+    mask = dense_mask(*args, **kwargs)
+    if not kwargs.get("allow_is_bidirectional_skip"):
+        return mask
+    return torch.where(mask.all(), torch.ones_like(mask).tril(), mask)
 
 
 def noted_mask(*args: Any, config: Any, **kwargs: Any) -> torch.Tensor | None:
@@ -226,6 +238,15 @@ AttentionMaskInterface.register(ADDITIVE, additive_mask)
 AttentionMaskInterface.register(NOTED, noted_mask)
 AttentionInterface.register(ENCODER, encoder_attention)
 AttentionMaskInterface.register(ENCODER, dense_mask)
+AttentionInterface.register(CAUSAL_ENCODER, encoder_attention)
+AttentionMaskInterface.register(CAUSAL_ENCODER, causal_where_open)
+
+
+def encoder_name(tower: torch.nn.Module) -> str:
+    """The attention that a tower is traced with."""
+    flags = {m.is_causal for m in tower.modules() if isinstance(getattr(m, "is_causal", None), bool)}
+    by_sdpa = getattr(getattr(tower, "config", None), "_attn_implementation", None) == "sdpa"
+    return CAUSAL_ENCODER if flags == {True} and by_sdpa else ENCODER
 
 
 @contextmanager

@@ -43,7 +43,7 @@ class EncoderBinder:
 
     @contextmanager
     def tracing(self, module: torch.nn.Module) -> Iterator[None]:
-        with attention.traced_with(attention.configs_below(module), attention.ENCODER):
+        with attention.traced_with(attention.configs_below(module), attention.encoder_name(module)):
             yield
 
     def bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:

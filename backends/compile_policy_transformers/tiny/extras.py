@@ -33,7 +33,7 @@ def add_extras(
     batch, length = inputs["input_ids"].shape
     wanted = Wanted(model.config, batch, length, images, generator)
     for argument, make in _BY_ARGUMENT.items():
-        if argument in accepted:
+        if argument in accepted and argument not in inputs:
             inputs |= make(wanted)
     if model.config.is_encoder_decoder and model.main_input_name != "input_ids":  # the encoder reads pixels only
         inputs["decoder_input_ids"] = inputs.pop("input_ids")

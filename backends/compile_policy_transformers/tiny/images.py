@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .forms import style_of
-from .special import NEEDS_IMAGES, one_per_row
+from .special import COUNTS, NEEDS_IMAGES, one_per_row
 from .styles import Request, Size, first
 
 
@@ -67,6 +67,7 @@ def placeholder(model: PreTrainedModel) -> int | None:
     """The token that stands for a piece of an image; ``None`` when images come in another way."""
     config = first(model.config, "vlm_config") or model.config
     found = first(config, "image_token_id", "image_token_index", "image_patch_id", "video_token_index")
+    found = found or first(getattr(config, "vision_config", None), "image_token_id")
     if found is None and (mapping := getattr(model.config, "vocabulary_map", None)):
         found = mapping["<image>"]
     return cast("int | None", found)
@@ -82,6 +83,8 @@ def with_markers(config: Any, token_id: int, count: int) -> torch.Tensor:
 @torch.no_grad()
 def _count(model: PreTrainedModel, tensors: dict[str, Any]) -> int:
     methods = list(feature_methods(model))
+    if model.config.model_type in COUNTS:
+        return COUNTS[model.config.model_type](model.config, tensors)
     if not methods:
         queries = getattr(model.config, "num_query_tokens", None)  # for each frame of a clip
         return int(queries * tensors["pixel_values"].shape[1]) if queries else 1

@@ -82,6 +82,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granite_speech": _GRANITE_SPEECH,
     "granite_speech_plus": _GRANITE_SPEECH,
     "phi4_multimodal": {
+        "vision_config.crop_size": 56,  # the size of its pictures
         "audio_config.nemo_conv_channels": 64,
         "audio_config.ext_pw_out_channel": 64,
         "audio_config.depthwise_separable_out_channel": 64,

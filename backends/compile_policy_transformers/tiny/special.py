@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -102,6 +105,29 @@ def space_time(request: Request) -> Tensors:
     return {"pixel_values": request.noise(total, depth, patch, patch, 3)}
 
 
+def overview_and_crops(request: Request) -> Tensors:
+    """phi4_multimodal: an overview of each image, its crops, and which patches of them are real."""
+    square, patch = side(request.vision), request.vision.patch_size
+    grids = [(max(1, round(h / square)), max(1, round(w / square))) for h, w in request.sizes]
+    count, most = len(grids), 1 + max(rows * columns for rows, columns in grids)
+    return {
+        "image_pixel_values": request.noise(count, most, 3, square, square),
+        "image_sizes": torch.tensor(grids) * square,
+        "image_attention_mask": torch.ones(count, most, square // patch, square // patch, dtype=torch.long),
+    }
+
+
+def _overview_and_crops(config: Any, tensors: Tensors) -> int:
+    """Two by two patches become a token; every row of tokens has one more, and one stands before the overview."""
+    vision = config.vision_config
+    base = (vision.image_size // vision.patch_size + 1) // 2
+    grids = (tensors["image_sizes"] // vision.image_size * base).tolist()
+    return sum(rows * (columns + 1) + 1 + base * (base + 1) for rows, columns in grids)
+
+
+#: Tokens that stand for images, where the model has no method that computes their features.
+COUNTS: dict[str, Callable[[Any, Tensors], int]] = {"phi4_multimodal": _overview_and_crops}
+
 SPECIAL: dict[str, Style] = {
     "deepseek_vl_hybrid": two_towers,
     "fuyu": patch_rows,
@@ -117,6 +143,7 @@ SPECIAL: dict[str, Style] = {
     "mllama": aspect_tiles,
     "molmo2": pooled,
     "perception_lm": single_tiles,
+    "phi4_multimodal": overview_and_crops,
     "pi0": tiles,
     "pix2struct": flattened,
 }
