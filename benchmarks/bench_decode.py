@@ -2,12 +2,13 @@
 
     python benchmarks/bench_decode.py [--layers 8] [--hidden 256] [--tokens 64] [--prefill 256] [--rounds 7] [--write]
     python benchmarks/bench_decode.py --layers 16 --hidden 1024 --tokens 24 --rounds 5 --write
+    python benchmarks/bench_decode.py --levels --write
 
 Every contender has its own copy of one random Llama and answers the same prompts; rounds are interleaved, so that a
 machine that slows down slows all of them. Reported: milliseconds a token (median of the rounds; processor time on a
 CPU, time until the device is done elsewhere) and the ratio to eager in the same run, the same for the prefill of a
 longer prompt (an answer of one token), the seconds that the first answer took, and how many graphs Dynamo made. A size
-is a section of its own in RESULTS.md.
+is a section of its own in RESULTS.md, and so is ``--levels``: the policy's own levels beside each other.
 """
 
 from __future__ import annotations
@@ -70,17 +71,22 @@ def regional(model: PreTrainedModel) -> None:
     model.model = compile_regions(model.model, dynamic=True)
 
 
-def contenders(model: PreTrainedModel, cache: str) -> list[Contender]:
-    """Eager first; the policy second; then the peers that take this kind of cache."""
+def contenders(model: PreTrainedModel, cache: str, levels: bool) -> list[Contender]:
+    """Eager first; the policy second; then the peers that take this kind of cache, or the levels of the policy."""
 
     def made(name: str, prepare: Callable[[PreTrainedModel], Any], **arguments: Any) -> Contender:
         own = copy.deepcopy(model)
         prepare(own)
         return Contender(name, own, arguments)
 
-    rows = [
-        made("eager", lambda m: None),
-        made("compile-policy", lambda m: compile_policy.apply(m, CompilationConfig(cache_dir=False))),
+    def policy(**wishes: Any) -> Callable[[PreTrainedModel], Any]:
+        return lambda m: compile_policy.apply(m, CompilationConfig(cache_dir=False, **wishes))
+
+    rows = [made("eager", lambda m: None)]
+    if levels:
+        return rows + [made(f"compile-policy -O{level}", policy(mode=level)) for level in (1, 2, 3)]
+    rows += [
+        made("compile-policy", policy()),
         made("decoder.compile(dynamic=True)", lambda m: m.model.compile(dynamic=True)),
         made("accelerate compile_regions", regional),
     ]
@@ -156,6 +162,7 @@ def main() -> None:
     for name, default in (("layers", 8), ("hidden", 256), ("tokens", 64), ("prefill", 256), ("rounds", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--levels", action="store_true", help="-O1, -O2 and -O3 instead of the peers")
     parser.add_argument("--write", action="store_true", help="replace the section in benchmarks/RESULTS.md")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -171,13 +178,14 @@ def main() -> None:
         "",
     ]
     for cache in ("dynamic", "static"):
-        rows = contenders(model, cache)
+        rows = contenders(model, cache, options.levels)
         measure(rows, cache, options.tokens, options.prefill, options.rounds)
         lines += [*table(rows, cache, options.tokens), ""]
         print("\n".join(lines), flush=True)
     if options.write:
         size = f"{options.layers}x{options.hidden}" + ("" if options.device == "cpu" else f"-{options.device}")
-        write_section(f"decode-{size}", f"Decoding through generate(), {size}", "\n".join(lines))
+        name, what = ("levels", "Levels") if options.levels else ("decode", "Decoding")
+        write_section(f"{name}-{size}", f"{what} through generate(), {size}", "\n".join(lines))
 
 
 if __name__ == "__main__":
