@@ -159,7 +159,8 @@ def make_package(gm: torch.fx.GraphModule, *, autotune: bool = False) -> Package
     with tempfile.TemporaryDirectory(prefix="compile_policy_") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own pickling of its tree specs
         path = Path(folder) / "graph.pt2"
-        compat.write_package(gm, tuple(n.meta["example_value"] for n in _inputs(gm)), str(path), options)
+        inputs = compat.with_own_sizes([n.meta["example_value"] for n in _inputs(gm)])
+        compat.write_package(gm, tuple(inputs), str(path), options)
         return Package(path.read_bytes(), compat.load_package(str(path)))
 
 

@@ -382,3 +382,37 @@ def of_shorter_length(tensor: torch.Tensor) -> torch.Tensor:
     length = env.create_symintnode(symbol, hint=hint)
     with fake.fake_mode:
         return torch.empty((*tensor.shape[:-1], length), dtype=tensor.dtype, device=tensor.device)
+
+
+def with_own_sizes(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Fake tensors like the given ones, in which every symbol is the size of some dim.
+
+    AOTInductor reads symbols off the sizes of its inputs, and cannot undo a division: where all that is known of
+    ``s`` is a dim of ``s // 4``, that dim gets a symbol of its own.
+    """
+    numbers: list[Any] = [number for tensor in tensors for number in tensor.shape]
+    sizes = [number.node for number in numbers if isinstance(number, torch.SymInt)]
+    known = {node.expr for node in sizes if node.expr.is_Symbol}
+    own: dict[Any, Any] = {}
+    for node in sizes:
+        if not node.expr.free_symbols <= known and node.has_hint() and node.expr not in own:
+            name = ConstantSource(f"size_{len(own)}_{id(tensors)}")
+            own[node.expr] = node.shape_env.create_symbol(node.hint, name, dynamic_dim=DimDynamic.DYNAMIC)
+    return [_renamed(tensor, own) for tensor in tensors]
+
+
+def _renamed(tensor: torch.Tensor, own: Mapping[Any, Any]) -> torch.Tensor:
+    """A fake tensor like the given one, with symbols in place of some expressions."""
+    numbers: list[Any] = [*tensor.shape, *tensor.stride()]
+    if not any(isinstance(n, torch.SymInt) and n.node.expr != n.node.expr.subs(dict(own)) for n in numbers):
+        return tensor
+    made = [
+        n.node.shape_env.create_symintnode(n.node.expr.subs(dict(own)), hint=n.node.hint)
+        if isinstance(n, torch.SymInt)
+        else n
+        for n in numbers
+    ]
+    fake: Any = tensor
+    with fake.fake_mode:
+        shape, strides = made[: tensor.dim()], made[tensor.dim() :]
+        return torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device)

@@ -255,3 +255,18 @@ def test_a_length_of_its_own() -> None:
     assert len({n.node.expr for n in (before, first, second)}) == 3
     assert first.node.hint == second.node.hint == 4
     assert compat.of_shorter_length(fake).dtype == torch.bool and compat.of_shorter_length(fake).shape[0] == 3
+
+
+def test_sizes_that_no_dim_gives_get_a_symbol() -> None:
+    """A dim of ``s // 4`` alone becomes a symbol, the same one everywhere; beside a dim of ``s`` nothing changes."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    policy = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    whole = mode.from_tensor(torch.rand(12, 4), symbolic_context=policy)
+    with mode:
+        quarter, turned = whole.new_empty(whole.shape[0] // 4, 16), whole.new_empty(16, whole.shape[0] // 4)
+    one, other = compat.with_own_sizes([quarter, turned])
+    (length,) = {tensor.shape[dim].node.expr for tensor, dim in ((one, 0), (other, 1))}  # type: ignore[union-attr]
+    assert length.is_Symbol and other.stride()[0].node.expr == length  # type: ignore[attr-defined]
+    assert length != whole.shape[0].node.expr and one.shape[0].node.hint == 3  # type: ignore[attr-defined]
+    kept = compat.with_own_sizes([quarter, whole])
+    assert kept[0] is quarter and kept[1] is whole
