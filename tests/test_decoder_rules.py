@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import EncoderDecoderCache
 
 import compile_policy as cp
+from compile_policy.errors import NotCompilable
 from compile_policy_transformers import decoder_rules
 from compile_policy_transformers.components import meta_model
 from compile_policy_transformers.cross_states import SeenStates, encoded_states
-from compile_policy_transformers.decoder_masks import as_prepared, prepared, prepares_own
+from compile_policy_transformers.decoder_masks import as_prepared, padding_of, prepared, prepares_own
 from compile_policy_transformers.embedded import with_pictures
 from compile_policy_transformers.experts import grouped, looping_experts
 from compile_policy_transformers.matrix import _cells
@@ -150,3 +152,52 @@ def test_experts_of_a_loop_run_as_one_operation() -> None:
             assert experts.forward is not before.get("forward") and "forward" in vars(experts)
             torch.testing.assert_close(experts(hidden, index, weights), want)
     assert vars(experts) == before
+
+
+def test_a_mask_that_comes_back() -> None:
+    """udop returns its mask: over the slots of a static cache too it is the caller's, in one graph, equal to eager."""
+    model = tiny_model("udop")
+    decoder = model.decoder
+    config = decoder.config
+    torch.manual_seed(0)
+    embeds = torch.randn(2, 5, config.d_model)
+    encoded = torch.randn(2, 4, config.d_model)
+    padding = torch.ones(2, 5)
+    padding[1, :2] = 0
+
+    def calls(pair: EncoderDecoderCache) -> list[Any]:
+        options = {"encoder_hidden_states": encoded, "past_key_values": pair, "use_cache": True}
+        first = decoder(inputs_embeds=embeds[:, :3], attention_mask=padding[:, :3], **options)
+        rows = torch.nn.functional.pad(padding[:, :4], (0, 5)).bool()[:, None, None]  # as generate prepares it
+        second = decoder(inputs_embeds=embeds[:, 3:4], attention_mask=rows, **options)
+        assert first.attention_mask.shape == (2, 3) and second.attention_mask is rows
+        return [first, second, decoder(inputs_embeds=embeds[:, 4:], **options)]
+
+    def fresh() -> EncoderDecoderCache:
+        return EncoderDecoderCache(
+            StaticCache(config=config, max_cache_len=9), StaticCache(config=config, max_cache_len=4)
+        )
+
+    with torch.no_grad():
+        want = calls(fresh())
+        cp.apply(model, cp.CompilationConfig(backend="eager"))
+        got = calls(fresh())
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.last_hidden_state, theirs.last_hidden_state, atol=1e-4, rtol=1e-4)
+        assert torch.equal(mine.attention_mask, theirs.attention_mask)
+    row = next(c for c in cp.report(model).components if c.role == "decoder")
+    assert (row.graphs, row.eager_calls) == (1, 0), row.fallback
+
+
+def test_padding_of_a_prepared_mask() -> None:
+    """It is what a causal mask hides beside the future; a mask that hides more is refused."""
+    cache = DynamicCache()
+    cache.update(torch.zeros(2, 1, 2, 4), torch.zeros(2, 1, 2, 4), 0)
+    padding = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]).bool()
+    causal = torch.ones(3, 5).tril(diagonal=2).bool()
+    mask = (padding[:, None] & causal)[:, None]
+    assert torch.equal(padding_of(mask, cache), padding)
+    assert torch.equal(padding_of(torch.where(mask, 0.0, torch.finfo(torch.float32).min), cache), padding)
+    mask[0, 0, 1, 0] = False
+    with pytest.raises(NotCompilable, match="more than padding"):
+        padding_of(mask, cache)

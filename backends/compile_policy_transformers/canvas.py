@@ -26,7 +26,7 @@ from compile_policy.errors import NotCompilable
 from compile_policy.proof import form_of
 from compile_policy.shapes import Labels
 from compile_policy_transformers import attention, cache_layers, caches, compat
-from compile_policy_transformers.experts import grouped, looping_experts
+from compile_policy_transformers.recipes import traceable_layers
 
 _IDS, _LOGITS, _BELIEVED = "decoder_input_ids", "self_conditioning_logits", "self_conditioning_mask"
 _MASK, _POSITIONS, _CACHE = "decoder_attention_mask", "decoder_position_ids", "past_key_values"
@@ -149,7 +149,7 @@ class CanvasBinder:
     @contextmanager
     def tracing(self, module: torch.nn.Module) -> Iterator[None]:
         attends = attention.traced_with(attention.configs_below(module), attention.DECODER)
-        with compat.output_capturing(module), attends, grouped(looping_experts(module)):
+        with compat.output_capturing(module), attends, traceable_layers(module):
             yield
 
     def bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:

@@ -26,7 +26,15 @@ from compile_policy_transformers.cache_masks import all_sliding, arranged, each_
 from compile_policy_transformers.cache_pairs import PairCall
 from compile_policy_transformers.cross_states import SeenStates, encoded_states
 from compile_policy_transformers.decoder_labels import DecoderLabels
-from compile_policy_transformers.decoder_masks import DecoderMasks, as_prepared, padding_mask, prepared, prepares_own
+from compile_policy_transformers.decoder_masks import (
+    DecoderMasks,
+    as_prepared,
+    padding_mask,
+    padding_of,
+    prepared,
+    prepares_own,
+    with_mask,
+)
 from compile_policy_transformers.decoder_rules import rule_of
 from compile_policy_transformers.deepstack import DeepstackFeatures
 from compile_policy_transformers.embedded import PICTURES, PLACES, with_pictures
@@ -40,8 +48,6 @@ from compile_policy_transformers.token_ids import TokenIds
 #: Visual tokens are some of the example's 2 x 3 positions.
 _EXAMPLE_SIZES = {"batch": 2, "sequence": 3, "visual_tokens": 5}
 _NO_TOKENS = "Have its forward take inputs_embeds, in a subclass (compile_policy.layers.override, replace_layers_)."
-_EMPTY = "which a graph is given with places for the empty slots of a static cache"
-_GROW = "Leave cache_implementation='static' out, or give a DynamicCache, which has no empty slots."
 #: First argument of a decoder that begins behind its embeddings (git).
 _BEHIND = "hidden_states"
 #: Decoding takes one token after the other.
@@ -115,16 +121,16 @@ class DecoderBinder:
             masks = prepared(module, given_mask, embeds, cache)
         else:
             masks = self._masks(given_mask, embeds, cache, text)
-        if self.rule.returns_mask and masks.shape[1] > length + (0 if cache is None else int(cache.get_seq_length())):
-            where = place_in(type(module).forward, "attention_mask=attention_mask", last=True)
-            raise NotCompilable(f"{type(module).__name__}.forward returns its mask ({where}), {_EMPTY}", remedy=_GROW)
         if masks is not None:
             values["attention_mask"] = masks
         fillers = self.features.complete(values, embeds)
         label = DecoderLabels(batch, length, cache, padding=self.rule.padding_mask, kinds=self.kinds)
         self._own_names(values)
         ordered = {name: values[name] for name in sorted(values) if values[name] is not None}
-        return Bound(ordered, label, fillers, _EXAMPLE_SIZES, boundary=length > 1, frequent=_FREQUENT_SIZES)
+        finish = with_mask(given_mask, embeds, cache) if self.rule.returns_mask else None
+        return Bound(
+            ordered, label, fillers, _EXAMPLE_SIZES, boundary=length > 1, frequent=_FREQUENT_SIZES, finish=finish
+        )
 
     def form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, torch.Tensor | None]:
         """Kinds of the arguments; whether there is padding, one token, one row, an empty cache; which lengths it is
@@ -148,7 +154,9 @@ class DecoderBinder:
     def ran(
         self, module: torch.nn.Module, kwargs: dict[str, Any], call: Call, entry: Entry, here: tuple[Any, ...]
     ) -> None:
-        alike = self.embeds_name == "inputs_embeds" and not (self.own_positions or self.seen.layers)
+        alike = (
+            call.finish is None and self.embeds_name == "inputs_embeds" and not (self.own_positions or self.seen.layers)
+        )
         if alike and not isinstance(call.values.get("past_key_values"), PairCall):
             self.steps.remember(kwargs, call, entry, here, self, module)
 
@@ -257,6 +265,8 @@ class DecoderBinder:
     def _masks(self, given: Any, embeds: torch.Tensor, cache: Cache | None, text: torch.Tensor | None) -> Any:
         """Dense masks: one tensor, or one per layer type where the model keeps several."""
         if self.rule.padding_mask:
+            if self.rule.only_hides and isinstance(given, torch.Tensor) and given.dim() == 4:
+                given = padding_of(given, cache).to(self.rule.padding_dtype)
             return padding_mask(given, embeds, cache, self.rule.padding_dtype)
         if isinstance(given, torch.Tensor) and given.dim() == 4:
             return arranged(given, cache, sliding=all_sliding(cache))

@@ -119,3 +119,37 @@ def padding_mask(given: Any, embeds: torch.Tensor, cache: Cache | None, dtype: t
     if given is None:
         return torch.ones((batch, keys), dtype=dtype, device=embeds.device)
     return torch.nn.functional.pad(given, (0, keys - given.shape[1])) if static else given
+
+
+def padding_of(mask: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+    """(batch, keys), false for padding, of a prepared mask (batch, 1, sequence, keys) that is causal besides.
+
+    Raises:
+        NotCompilable: the mask says more than that.
+    """
+    open_ = mask if mask.dtype is torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    padding = open_[:, 0, -1]
+    seen = 0 if cache is None else int(cache.get_seq_length())
+    queries = torch.arange(mask.shape[2], device=mask.device) + seen
+    causal = torch.arange(mask.shape[3], device=mask.device) <= queries[:, None]
+    if not torch.equal(open_, (padding[:, None] & causal)[:, None]):
+        raise NotCompilable("it reads the padding mask, and was given one that hides more than padding")
+    return padding
+
+
+def with_mask(given: Any, embeds: torch.Tensor, cache: Cache | None) -> Callable[[Any], Any]:
+    """What puts the caller's mask into the result of a decoder that returns it: a graph's has room for empty slots.
+
+    Args:
+        given: the mask of the call; made as such a decoder makes it where there is none.
+    """
+    batch, length = embeds.shape[:2]
+    seen = 0 if cache is None else int(cache.get_seq_length())
+    mask = torch.ones((batch, seen + length), device=embeds.device) if given is None else given
+
+    def finish(result: Any) -> Any:
+        if "attention_mask" in result:
+            result["attention_mask"] = mask
+        return result
+
+    return finish

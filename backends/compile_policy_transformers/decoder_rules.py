@@ -21,7 +21,8 @@ class DecoderRule:
         why: what it does with the argument; ``until``: what would make the row needless.
         padding_mask: it reads the padding mask itself, so the mask stays (batch, keys).
         padding_dtype: of the mask that it makes where none is given.
-        returns_mask: it returns that mask, which the graph's would differ from where a cache has empty slots.
+        only_hides: all it does with the padding mask is to hide keys, so that a prepared mask stands for one.
+        returns_mask: it returns that mask, which is put into the result as the caller gave it.
         wraps_cache: it puts a plain `DynamicCache` into an `EncoderDecoderCache`, and returns that.
         ids: the argument in which it reads token ids beside their embeddings, where its configuration has
             ``ids_where``; its method ``ids_from`` finds those of embeddings. Its cache keeps the last ones, and ends of
@@ -33,6 +34,7 @@ class DecoderRule:
     until: str
     padding_mask: bool = False
     padding_dtype: torch.dtype = torch.long
+    only_hides: bool = False
     returns_mask: bool = False
     wraps_cache: bool = False
     ids: str = ""
@@ -53,6 +55,7 @@ RULES: tuple[DecoderRule, ...] = (
         until="BaseModelOutputWithAttentionMask is gone",
         padding_mask=True,
         padding_dtype=torch.float32,
+        only_hides=True,
         returns_mask=True,
     ),
     DecoderRule(
