@@ -187,7 +187,7 @@ class _Catcher:
         for others in () if self.repeats is None else self.repeats.others:
             alike = {b[1]: shapes[a[1]] for a, b in others.items() if a[0] == b[0] == "leaf" and a[1] in shapes}
             shapes = {**alike, **shapes}
-        accepts = conditions_of(env, self.leaves, shapes)
+        accepts = conditions_of(env, gm.graph, self.leaves, shapes)
         self.captured = gm
         ahead = self.lowering.ahead(gm)
         code: Callable[..., Any] = gm.forward if ahead or self.repeats else self.lowering(gm, example_inputs)

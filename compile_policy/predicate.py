@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -89,11 +89,14 @@ def _source(conditions: Sequence[str]) -> str:
     return "lambda s: " + (" and ".join(conditions) or "True")
 
 
-def conditions_of(env: Any, leaves: Sequence[torch.Tensor], shapes: Mapping[int, Sequence[Any]]) -> ShapeConditions:
+def conditions_of(
+    env: Any, graph: torch.fx.Graph, leaves: Sequence[torch.Tensor], shapes: Mapping[int, Sequence[Any]]
+) -> ShapeConditions:
     """Conditions of the graph being traced.
 
     Args:
         env: the trace's ``ShapeEnv``.
+        graph: the captured graph.
         leaves: the example's tensors.
         shapes: leaf index -> traced (symbolic) shape, for leaves that are inputs of the graph.
     """
@@ -112,7 +115,24 @@ def conditions_of(env: Any, leaves: Sequence[torch.Tensor], shapes: Mapping[int,
         line = _LINE.search(guard_origin(guard))
         if line is not None:
             lines.setdefault(conditions[-1], line[1])
+    for size in _kept_by_squeeze(graph):
+        if size.free_symbols - names.keys():
+            raise RuntimeError(f"the trace assumed that {size} is not 1, and it is no size of an input")
+        conditions.append(f"({printer.doprint(size)} != 1)")
     return ShapeConditions(conditions, lines)
+
+
+def _kept_by_squeeze(graph: torch.fx.Graph) -> Iterator[sympy.Expr]:
+    """Sizes that ``squeeze`` was traced to keep: it drops a dim of size 1, and the trace, which takes none for 1,
+    notes nothing."""
+    for node in graph.nodes:
+        if node.target not in ("squeeze", "squeeze_", torch.squeeze, torch.ops.aten.squeeze_):
+            continue
+        shape = node.all_input_nodes[0].meta["example_value"].shape
+        dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", range(len(shape)))
+        for dim in [dims] if isinstance(dims, int) else dims:
+            if isinstance(shape[dim], torch.SymInt):
+                yield shape[dim].node.expr
 
 
 def _ignorable(guard: Any) -> bool:

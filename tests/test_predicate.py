@@ -193,3 +193,29 @@ def test_one_row_shares_the_graph_where_it_is_computed_alike(minds: bool) -> Non
             x = torch.randn(rows, 4, 5)
             torch.testing.assert_close(region(x), module(x))
     assert (region.graphs, region.eager_calls) == (2 if minds else 1, 0)
+
+
+class _Squeezes(nn.Module):
+    """Drops dims of size 1: the first, some, or any."""
+
+    def __init__(self, *dims: Any) -> None:
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.squeeze(x * 2, *self.dims) + 0 * x.exp().squeeze(*self.dims)
+
+
+@pytest.mark.parametrize("dims", [(0,), ((0, 1),), ()])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_squeezed_size_of_one_needs_a_graph_of_its_own(dims: Any, backend: str) -> None:
+    """Tracing takes no size for 1 and notes nothing where ``squeeze`` asks: the condition is ours."""
+    module = _Squeezes(*dims)
+    region = Region(module, role="m", binder=SignatureBinder({"x": {0: None}}), options=RegionOptions(backend=backend))
+    with torch.no_grad():
+        for rows in (3, 1, 2):
+            x = torch.randn(rows, 4, 5)
+            got, want = region(x), module.forward(x)
+            assert got.shape == want.shape
+            torch.testing.assert_close(got, want)
+    assert (region.entry_count(), region.eager_calls) == (2, 0)

@@ -100,7 +100,8 @@ class PaddingCaches:
 
     def complete(self, cache: Any) -> bool:
         """Whether a given cache has a state for every convolution."""
-        return type(cache) is self.cls and bool(cache.layers.keys() == self.convolutions.keys())
+        known = cache.__class__ is self.cls
+        return known and set(cache.layers) == set(self.convolutions)
 
     def made(self, result: Any) -> bool:
         """Whether a result holds such a cache."""
