@@ -248,7 +248,11 @@ def test_unknown_cache_layers() -> None:
     """A cache that the policy cannot pass to a graph runs eager with a reason that names its layer."""
 
     class OwnLayer(DynamicLayer):
-        """A layer of somebody's own."""
+        """A layer of somebody's own, which computes with states."""
+
+        def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            keys, values = super().update(*args, **kwargs)
+            return keys * 2, values
 
     model = tiny_model("llama")
     inputs = tiny_inputs(model, text_len=9)

@@ -90,13 +90,6 @@ def test_a_decoder_behind_its_embeddings() -> None:
     assert (cell.state, cell.graphs, cell.eager_calls) == ("ok", 1, 0), cell
 
 
-def test_a_mask_that_is_returned() -> None:
-    """udop returns the mask that it was given, which a static cache would make longer."""
-    cell = _cell("udop", "static")
-    assert cell.state == "eager" and "DynamicCache" in cell.remedy, cell
-    assert "attention_mask=attention_mask" in _code(cell.reason)
-
-
 def test_a_model_inside_the_decoder() -> None:
     """The model's own line is named, not that of Transformers' hook."""
     told: list[Event] = []

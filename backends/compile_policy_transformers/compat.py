@@ -115,6 +115,8 @@ def output_capturing(module: nn.Module) -> Iterator[None]:
             m.__dict__.pop(_CAPTURING, None)
 
 
+#: What decides whether `generate` compiles the model.
+_MAY_COMPILE = "_valid_auto_compile_criteria"
 #: What returns the compiled parts of a model that generates by diffusion: encoder, forward, and what it was given.
 _COMPILES = "_compile_functions"
 
@@ -128,8 +130,9 @@ def disable_auto_compile(model: nn.Module) -> None:
 
     ``generation_config.disable_compile`` would do the same until a caller brings a generation config of their own.
     """
-    if hasattr(model, "_valid_auto_compile_criteria"):
-        model.__dict__["_valid_auto_compile_criteria"] = _never
+    for part in model.modules():  # a model may let a part of it generate
+        if hasattr(part, _MAY_COMPILE):
+            part.__dict__[_MAY_COMPILE] = _never
     if hasattr(model, _COMPILES):  # block diffusion has a generate of its own, which never asks
         own: Any = model
         model.__dict__[_COMPILES] = lambda *parts: (own.model.encoder, own.forward, *parts)
@@ -137,7 +140,8 @@ def disable_auto_compile(model: nn.Module) -> None:
 
 def enable_auto_compile(model: nn.Module) -> None:
     """Undo `disable_auto_compile`."""
-    model.__dict__.pop("_valid_auto_compile_criteria", None)
+    for part in model.modules():
+        part.__dict__.pop(_MAY_COMPILE, None)
     model.__dict__.pop(_COMPILES, None)
 
 

@@ -92,6 +92,12 @@ def rule_for(model: nn.Module) -> ComponentRule | None:
     return next((rule for rule in RULES if rule.model_type == model_type), None)
 
 
+def answering(model: nn.Module) -> nn.Module:
+    """The part of a model that its calls are about: the model, unless a rule names another in its place."""
+    rule = rule_for(model)
+    return model if rule is None or not rule.inner else model.get_submodule(rule.inner)
+
+
 def qualname(model: nn.Module, module: nn.Module) -> str | None:
     """Dotted path of ``module`` below ``model``, ``None`` when it isn't there."""
     return next((name for name, candidate in model.named_modules() if candidate is module), None)

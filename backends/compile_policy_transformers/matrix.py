@@ -27,6 +27,7 @@ from compile_policy.failure import failure_of, place_in
 from compile_policy.plan import Component, ComponentReport
 from compile_policy.reference import relative_error
 from compile_policy_transformers import compat
+from compile_policy_transformers.components import answering
 from compile_policy_transformers.matrix_requests import altered, prompts_of
 from compile_policy_transformers.tiny import tiny_model
 from compile_policy_transformers.tiny.videos import VIDEOS
@@ -230,6 +231,8 @@ def _judged(
 
 def _attempt(model: PreTrainedModel, prompt: dict[str, Any], kind: str) -> Any:
     torch.manual_seed(0)
+    part: Any = answering(model)
+    model = part
     try:
         if kind == "none":
             accepts = "use_cache" in inspect.signature(model.forward).parameters

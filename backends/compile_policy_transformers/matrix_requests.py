@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from compile_policy_transformers.components import answering
 from compile_policy_transformers.tiny import tiny_inputs
 from compile_policy_transformers.tiny.sounds import SOUNDS
 from compile_policy_transformers.tiny.videos import VIDEOS
@@ -61,7 +62,7 @@ def prompts_of(model: PreTrainedModel) -> list[dict[str, Any]]:
         given |= {"videos": request.videos}
         try:
             inputs = tiny_inputs(model, **given)
-            model(**inputs)
+            answering(model)(**inputs)
         except Exception:
             continue
         prompts.append(inputs)

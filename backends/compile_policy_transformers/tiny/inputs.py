@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..components import answering
 from .extras import add_extras
 from .images import make_images
 from .shrink import FIRST_SPECIAL_ID, FIRST_TEXT_ID
@@ -34,7 +35,8 @@ def tiny_inputs(
     after the first have less text and are padded on the left.
 
     Args:
-        model: a model such as `tiny_model` builds.
+        model: a model such as `tiny_model` builds. Where a part of it answers and the whole has no ``forward``, as the
+            thinker of an omni model does, the inputs are for that part.
         text_len: text tokens of the first row, beside those of images, videos and sounds; at least 2.
         images: height and width in pixels of each image of a row, rounded to what the model's patches allow; models
             with a fixed image size ignore them.
@@ -54,6 +56,8 @@ def tiny_inputs(
     Raises:
         ValueError: images, videos or sounds for a model that takes none, or a text too short.
     """
+    part: Any = answering(model)
+    model = part
     if text_len < 2:
         raise ValueError(f"text_len is {text_len}: give at least 2 tokens.")
     generator = torch.Generator().manual_seed(seed)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .. import compat
-from ..components import TASKS
+from ..components import TASKS, answering
 from .overrides import FILL_IN, OVERRIDES
 from .shrink import FIRST_SPECIAL_ID, VOCAB, shrink
 
@@ -53,8 +53,10 @@ def tiny_model(model_type: str, *, seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)
         model: PreTrainedModel = compat.build_from_config(cls, config).eval()
     _draw_weights(model, seed)
-    if model.can_generate():
-        _make_greedy(model.generation_config)
+    part: Any = answering(model)
+    for one in {model, part}:
+        if one.can_generate():
+            _make_greedy(one.generation_config)
     return model
 
 
@@ -80,7 +82,9 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     default = AutoConfig.for_model(model_type, **FILL_IN.get(model_type, {}))
     values = shrink(default.to_dict())
     if any("mrope_section" in inspect.getsource(module) for module in _modeling_modules(cls, default)):
-        _set_mrope_sections(values)
+        for one in (values, *values.values()):  # a model may hold several, each with its text
+            if isinstance(one, dict) and (one is values or "text_config" in one):
+                _set_mrope_sections(one)
     for path, value in OVERRIDES.get(model_type, {}).items():
         _assign(values, path, value)
     return type(default).from_dict(values)

@@ -178,8 +178,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "vision_config.sam_config.downsample_channels": [64, 64],
         "vision_config.sam_config.output_channels": 64,
     },
-    "qwen2_5_omni": {"token2wav_config.bigvgan_config.upsample_initial_channel": 64},
+    "qwen2_5_omni": {
+        **{f"thinker_config.{name}": value for name, value in {**_OMNI, "audio_config.n_window": 8}.items()},
+        "token2wav_config.bigvgan_config.upsample_initial_channel": 64,
+    },
     "qwen3_omni_moe": {
+        **{f"thinker_config.{name}": value for name, value in {**_OMNI, "audio_config.n_window_infer": 200}.items()},
         "talker_config.text_config.shared_expert_intermediate_size": 32,
         "talker_config.spatial_merge_size": 2,
     },
