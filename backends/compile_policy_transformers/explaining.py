@@ -37,10 +37,12 @@ LABELS = {
     caches.SLIDING_KEPT: "tokens that a sliding layer keeps",
     caches.SLOTS: "length of a static cache",
     caches.SLIDING_SLOTS: "length of a sliding layer of a static cache",
+    caches.INDEXED: "tokens so far, of a static cache with positions for an indexer",
     "visual_tokens": "visual tokens that the first layers add",
     "mask_heads": "heads of the mask",
     "patches": "patches of each picture, or of all packed ones",
     "packed pictures": "packed pictures of the call, and one",
+    "pictures": "pictures and videos of the call",
     "images": "pictures of the call",
     "sounds": "pieces of sound of the call",
     "frames": "frames of each piece of sound, the longest one's",
@@ -144,10 +146,13 @@ def sample_bound(model: nn.Module, component: Component) -> Bound:
         warnings.simplefilter("ignore", PolicyWarning)
         if isinstance(binder, DecoderBinder):
             binder.belongs_to(model)
-            given = {"inputs_embeds": _embeds(module), "use_cache": True}
+            embeds = _embeds(module)
+            given = {"inputs_embeds": embeds, "use_cache": True, **binder.ids.of(embeds)}
             if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
                 given["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
             return binder.bind(module, (), given)
+        if isinstance(module, nn.ModuleList):
+            raise LookupError("what the tower hands to its layers is seen at the first call")
         if isinstance(binder, StackBinder):
             return binder.bind(module, (), {next(iter(binder.parameters)): _states(module)})
         if isinstance(binder, SoundBinder):
