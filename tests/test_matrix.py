@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from calling_decoders import RemembersAmong, model_with
 from rich.console import Console
 
 from compile_policy.cli import main
 from compile_policy.cli.matrix import versions
 from compile_policy.cli.matrix_page import lines_about, page, reasons, row_lines, table, totals
-from compile_policy_transformers.matrix import TOLERANCE, _attempt, matrix_types, measure
+from compile_policy_transformers import matrix
+from compile_policy_transformers.matrix import TOLERANCE, _attempt, _control, matrix_types, measure
 from compile_policy_transformers.matrix_requests import prompts_of
 from compile_policy_transformers.tiny import tiny_model
 from compile_policy_transformers.tiny.videos import VIDEOS
@@ -38,12 +41,13 @@ def test_a_decoder_that_holds(llama: dict[str, Any]) -> None:
     assert [role for role, _, _ in llama["components"]][:1] == ["decoder"]
 
 
-def test_what_does_not_hold_has_its_reason() -> None:
+def test_what_does_not_hold_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """A component that runs eager is told so, with the reason and the remedy of its event."""
-    row = measure("hunyuan_vl").to_dict()
-    cell = row["encoders"]["vision"]
+    monkeypatch.setattr(matrix, "tiny_model", lambda model_type: model_with(RemembersAmong))
+    row = measure("made_up").to_dict()
+    cell = row["decoder"]["none"]
     assert (cell["state"], cell["eager_calls"] > 0, bool(cell["remedy"])) == ("eager", True, True)
-    assert any(reason.startswith("image/video: it goes through its pictures one by one") for reason in reasons(row))
+    assert any("before this line a model inside was called" in reason for reason in reasons(row))
 
 
 def test_a_model_that_needs_a_picture_has_requests() -> None:
@@ -69,6 +73,29 @@ def test_what_padding_gives_does_not_count() -> None:
     whole = model(**prompt).logits
     assert len(found) == prompt["attention_mask"].sum() < whole.shape[0] * whole.shape[1]
     assert torch.equal(found[-1], whole[-1, -1])
+
+
+class _Model(torch.nn.Module):
+    """Logits are the tokens, and picture and padding if they are told; the first token is forbidden."""
+
+    def __init__(self, sees: bool) -> None:
+        super().__init__()
+        self.sees = sees
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor) -> Any:
+        logits = torch.stack([input_ids + 0.0, attention_mask.sum(-1, keepdim=True) + input_ids * 0.1], dim=-1)
+        logits = logits + pixel_values.mean() if self.sees else logits
+        logits[..., 0] = torch.finfo(logits.dtype).min
+        return SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize(("sees", "bites"), [(True, True), (False, False)])
+def test_every_control_has_to_bite(sees: bool, bites: bool) -> None:
+    """A picture that changes nothing is not made up for by padding that does; forbidden tokens hide nothing."""
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    prompt = {"input_ids": torch.tensor([[3, 4, 5], [5, 4, 3]]), "attention_mask": mask, "pixel_values": torch.ones(1)}
+    found = _control(cast(Any, _Model(sees)), [prompt])
+    assert 0.0 <= found < 10.0 and (found > 0.1) == bites
 
 
 def test_all_multimodal_types_and_some_text() -> None:

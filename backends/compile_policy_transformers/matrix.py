@@ -229,7 +229,8 @@ def _judged(
     return Cell("graphs", **counts, reason=reasons[0] if reasons else "", remedy=_OTHER_SIZES if sized else "")
 
 
-def _attempt(model: PreTrainedModel, prompt: dict[str, Any], kind: str) -> Any:
+def _attempt(model: PreTrainedModel, prompt: dict[str, Any], kind: str, counts: Any = None) -> Any:
+    """Logits of a request where ``counts``, or its own mask, says that there is no padding; or what was raised."""
     torch.manual_seed(0)
     part: Any = answering(model)
     model = part
@@ -237,7 +238,7 @@ def _attempt(model: PreTrainedModel, prompt: dict[str, Any], kind: str) -> Any:
         if kind == "none":
             accepts = "use_cache" in inspect.signature(model.forward).parameters
             logits = model(**prompt, **({"use_cache": False} if accepts else {})).logits
-            return [_without_padding(logits, prompt.get("attention_mask"))]
+            return [_without_padding(logits, prompt.get("attention_mask") if counts is None else counts)]
         options: dict[str, Any] = {"cache_implementation": "static"} if kind == "static" else {}
         generate: Any = model.generate
         noted = _Noted()
@@ -278,16 +279,23 @@ def _without_padding(logits: torch.Tensor, mask: Any) -> torch.Tensor:
 def _difference(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
     if len(got) != len(expected):
         return float("inf")
-    return max(relative_error(g, e) for g, e in zip(got, expected, strict=True))
+    return max(relative_error(_allowed(g), _allowed(e)) for g, e in zip(got, expected, strict=True))
+
+
+def _allowed(logits: torch.Tensor) -> torch.Tensor:
+    """Logits without those of tokens that the model forbids: beside the lowest float, nothing else would count."""
+    return logits.masked_fill(logits <= torch.finfo(logits.dtype).min / 2, 0.0)
 
 
 def _control(model: PreTrainedModel, prompts: Sequence[dict[str, Any]]) -> float:
-    """The largest change that ignoring padding, or blanking pictures or sound, makes to the logits."""
-    worst = 0.0
+    """The change that ignoring padding, blank pictures or silence makes to the logits: the largest one, of what
+    changes least."""
+    worst: dict[str, float] = {}
     for prompt in prompts:
         expected = _attempt(model, prompt, "none")
         for other in altered(prompt):
-            got = _attempt(model, other, "none")
+            what = next(name for name, value in other.items() if value is not prompt[name])
+            got = _attempt(model, other, "none", counts=prompt.get("attention_mask"))
             if not isinstance(got, Exception) and not isinstance(expected, Exception):
-                worst = max(worst, _difference(got, expected))
-    return worst
+                worst[what] = max(worst.get(what, 0.0), _difference(got, expected))
+    return min(worst.values(), default=0.0)

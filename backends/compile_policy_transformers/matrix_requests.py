@@ -85,7 +85,7 @@ def altered(prompt: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     mask = prompt.get("attention_mask")
     if isinstance(mask, torch.Tensor) and not mask.all():
         yield {**prompt, "attention_mask": torch.ones_like(mask)}
-    for name in ("pixel_values", "flattened_patches", VIDEOS, *SOUNDS):
+    for name in ("pixel_values", "image_pixel_values", "flattened_patches", VIDEOS, *SOUNDS):
         seen = prompt.get(name)
         if isinstance(seen, torch.Tensor):
             yield {**prompt, name: torch.zeros_like(seen)}
