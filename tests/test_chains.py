@@ -12,7 +12,7 @@ import torch._dynamo
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.hunyuan_vl.modeling_hunyuan_vl import HunYuanVLVisionTransformer
+from transformers.models.hunyuan_vl.modeling_hunyuan_vl import HunYuanVLVisionBlock, HunYuanVLVisionTransformer
 
 import compile_policy as cp
 from compile_policy_transformers import picture_convolution
@@ -56,6 +56,20 @@ class _Counted(_Tower):
         return x
 
 
+class _Picking(_Tower):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)[0]
+        return x
+
+
+class _PickingAnother(_Tower):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)[1]
+        return x
+
+
 class _ByNumber(_Tower):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for i, layer in enumerate(self.layers):
@@ -89,7 +103,7 @@ class _FromTheFirst(_Tower):
 class _Called(_Tower):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
-            x = layer(x, by=x.new_ones(()).random_())
+            x = layer(x, by=torch.rand(()))
         return x
 
 
@@ -109,15 +123,24 @@ class _TwoLists(_Tower):
         return x
 
 
-@pytest.mark.parametrize("tower", [_Plain, _Counted])
+@pytest.mark.parametrize("tower", [_Plain, _Counted, _Picking])
 def test_loops_that_are_chains(tower: type[_Tower]) -> None:
     assert chain_name(tower()) == "layers"
 
 
-@pytest.mark.parametrize("tower", [_ByNumber, _Collecting, _Residual, _FromTheFirst, _Called, _Last, _TwoLists])
+@pytest.mark.parametrize(
+    "tower", [_ByNumber, _PickingAnother, _Collecting, _Residual, _FromTheFirst, _Called, _Last, _TwoLists]
+)
 def test_loops_that_are_none(tower: type[_Tower]) -> None:
     """Something is made between the layers, or they get arguments of their own, or the loop is not alone."""
     assert chain_name(tower()) is None
+
+
+class _Block(HunYuanVLVisionBlock):
+    """A layer that calls its states otherwise, and returns more than they are."""
+
+    def forward(self, x: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return super().forward(x, **kwargs), None
 
 
 class _Elsewhere(HunYuanVLVisionTransformer):
@@ -127,7 +150,7 @@ class _Elsewhere(HunYuanVLVisionTransformer):
         x = self.embeddings(pixel_values, grid_thw)
         bounds = torch.nn.functional.pad(grid_thw.prod(dim=1).cumsum(0), (1, 0)).int()
         for block in self.layers:
-            x = block(x, attention_mask=None, cu_seqlens=bounds)
+            x = block(x, attention_mask=None, cu_seqlens=bounds)[0]
         found, start = [], 0
         for t, h, w in grid_thw:
             stop = start + int(t * h * w)
@@ -139,6 +162,8 @@ class _Elsewhere(HunYuanVLVisionTransformer):
 def _unknown() -> PreTrainedModel:
     model = tiny_model("hunyuan_vl")
     model.model.vision_tower.__class__ = _Elsewhere
+    for block in model.model.vision_tower.layers:
+        block.__class__ = _Block
     return model
 
 
@@ -164,7 +189,7 @@ def test_a_tower_that_nobody_knows() -> None:
     torch.testing.assert_close(_features(model), want, atol=1e-4, rtol=1e-3)
     row = _layers_row(model)
     assert (row.graphs, row.calls, row.eager_calls, row.fallback) == (1, len(PICTURES), 0, None)
-    assert [type(layer).__name__ for layer in tower.layers] == ["HunYuanVLVisionBlock"] * 2 and len(tower.layers) == 2
+    assert [type(layer).__name__ for layer in tower.layers] == ["_Block"] * 2 and len(tower.layers) == 2
     assert list(model.state_dict()) == names
     cp.apply(model, cp.CompilationConfig(backend="eager", compile_mm_encoder=True))  # the same plan again
     assert _layers_row(model).decision == "compile"

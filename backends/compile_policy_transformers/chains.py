@@ -31,16 +31,19 @@ class LayerChain(nn.ModuleList):
 
     Attributes:
         rows: arguments that the layers take as lists of numbers, and that come as tensors.
+        picks: the tower takes the first of what a layer returns, ``layer(x)[0]``.
     """
 
     rows: frozenset[str]
+    picks: bool
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_dynamo_compiling():
             kwargs = {n: v.tolist() if n in rows_of(self) and torch.is_tensor(v) else v for n, v in kwargs.items()}
         for layer in self._modules.values():
-            hidden_states = layer(hidden_states, *args, **kwargs)
-        return hidden_states
+            out = layer(hidden_states, *args, **kwargs)
+            hidden_states = out[0] if self.picks else out
+        return (hidden_states,) if self.picks else hidden_states
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter((self,)) if self._is_walked() else super().__iter__()
@@ -70,7 +73,7 @@ def chain_name(tower: nn.Module) -> str | None:
     tree = tree_of(type(tower).forward)
     if tree is None or "forward" in vars(tower):
         return None
-    loops = [(node, name) for node in ast.walk(tree) if isinstance(node, ast.For) and (name := _list_of(node.iter))]
+    loops = _loops(tree)
     lists = [name for _, name in loops if isinstance(getattr(tower, name, None), nn.ModuleList)]
     return lists[0] if len(lists) == 1 and all(_is_chain(loop, tree) for loop, n in loops if n in lists) else None
 
@@ -79,6 +82,9 @@ def as_chain(tower: nn.Module, name: str) -> LayerChain:
     """Turn the list of layers into a chain."""
     layers: Any = getattr(tower, name)
     layers.__class__ = LayerChain
+    tree = tree_of(type(tower).forward)
+    assert tree is not None
+    layers.picks = any(isinstance(loop.body[0].value, ast.Subscript) for loop, n in _loops(tree) if n == name)
     _walked_in[layers] = inspect.unwrap(type(tower).forward).__code__
     chain: LayerChain = layers
     return chain
@@ -88,8 +94,15 @@ def unchain(model: nn.Module) -> None:
     """Make plain lists of all chains in ``model``."""
     for module in model.modules():
         if isinstance(module, LayerChain):
-            vars(module).pop("rows", None)
+            for name in ("rows", "picks"):
+                vars(module).pop(name, None)
             module.__class__ = nn.ModuleList  # type: ignore[assignment]
+
+
+def _loops(tree: ast.AST) -> list[tuple[Any, str]]:
+    """Loops over lists of ``self``, and the names of these."""
+    loops = (node for node in ast.walk(tree) if isinstance(node, ast.For))
+    return [(node, name) for node in loops if (name := _list_of(node.iter))]
 
 
 def _list_of(iterated: ast.expr) -> str:
@@ -107,6 +120,8 @@ def _is_chain(loop: ast.For, tree: ast.AST) -> bool:
     if len(loop.body) != 1 or loop.orelse or not isinstance(step := loop.body[0], ast.Assign):
         return False
     call, targets = step.value, step.targets
+    if isinstance(call, ast.Subscript) and isinstance(call.slice, ast.Constant) and call.slice.value == 0:
+        call = call.value
     if not isinstance(call, ast.Call) or len(targets) != 1 or not isinstance(states := targets[0], ast.Name):
         return False
     if not isinstance(call.func, ast.Name) or call.func.id != names[-1] or not call.args:

@@ -36,10 +36,10 @@ class StackBinder:
     def __init__(self, stack: nn.Module) -> None:
         self.chain = stack if isinstance(stack, LayerChain) else None
         first: Any = stack[0] if isinstance(stack, nn.ModuleList) else stack
-        self.parameters = inspect.signature(first.forward).parameters
-        self.required = {
-            name for name, p in self.parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD
-        }
+        self.parameters = dict(inspect.signature(first.forward).parameters)
+        if self.chain is not None:  # whatever the layers call it
+            states, *others = self.parameters
+            self.parameters = {STATES[0]: self.parameters[states], **{n: self.parameters[n] for n in others}}
         inner = {name for m in stack.modules() for name in inspect.signature(m.forward).parameters}
         self.packs = _LENGTHS in inner
         self.takes_longest = "max_seqlen" in inner
@@ -68,8 +68,8 @@ class StackBinder:
                 "the outputs of its layers are asked for, and they are inside the graph",
                 remedy="Call the tower without output_hidden_states and output_attentions.",
             )
-        given = {n: v for n, v in self._by_name(args, kwargs).items() if v is not None or n in self.required}
-        values = without_unread(module, given)
+        named = self._by_name(args, kwargs).items()  # a loop hands every layer the same names, needed or not
+        values = without_unread(module, {n: v for n, v in named if v is not None or self.chain is not None})
         states = values[next(name for name in STATES if name in values)]
         if compat.collects_outputs():
             compat.settle_last_state(self.layers, states)
@@ -102,7 +102,8 @@ class StackBinder:
         """Arguments by name; a grid that comes as rows of numbers is a tensor."""
         values = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         if self.chain is not None:
-            rows = {name: torch.tensor(value) for name, value in values.items() if _is_rows(value)}
+            device = values[STATES[0]].device
+            rows = {name: torch.tensor(value, device=device) for name, value in values.items() if _is_rows(value)}
             if rows.keys() - rows_of(self.chain):
                 self.chain.rows = rows_of(self.chain) | rows.keys()
             values |= rows

@@ -45,7 +45,7 @@ def _own_layers(tower: nn.Module) -> list[tuple[str, nn.Module]]:
     """The list that the tower goes through itself, where it also goes through its pictures one by one."""
     name = chain_name(tower)
     layers = list(getattr(tower, name).children()) if name else []
-    if name is None or not layers or not all(_over_states(layer) for layer in layers):
+    if name is None or not layers:
         return []
     methods = (method for cls in _classes_outside(tower, layers) for method in methods_used(cls))
     reads = any(_goes_through_pictures(method) for method in methods)
