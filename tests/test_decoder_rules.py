@@ -24,6 +24,7 @@ from compile_policy_transformers.tiny import tiny_config, tiny_inputs, tiny_mode
 
 #: Rule -> an architecture that runs by it.
 WITH = {"bloom": "bloom", "udop": "udop", "blip_text_model": "blip", "qwen4_exp_text": "qwen4_exp"}
+WITH["voxtral_realtime_text"] = "voxtral_realtime"  # tests/test_streams.py shows what it is for
 
 
 @pytest.mark.parametrize("rule", [r.model_type for r in decoder_rules.RULES])

@@ -124,7 +124,9 @@ class DecoderBinder:
         if masks is not None:
             values["attention_mask"] = masks
         fillers = self.features.complete(values, embeds)
-        label = DecoderLabels(batch, length, cache, padding=self.rule.padding_mask, kinds=self.kinds)
+        label = DecoderLabels(
+            batch, length, cache, padding=self.rule.padding_mask, kinds=self.kinds, alike=self.rule.alike
+        )
         self._own_names(values)
         ordered = {name: values[name] for name in sorted(values) if values[name] is not None}
         finish = with_mask(given_mask, embeds, cache) if self.rule.returns_mask else None

@@ -29,12 +29,20 @@ class DecoderLabels:
 
     Args:
         kinds: of the decoder's layers, by which it finds their masks.
+        alike: arguments that are the same for all rows.
     """
 
     def __init__(
-        self, batch: int, length: int, cache: Cache | None, *, padding: bool = False, kinds: Sequence[str] = ()
+        self,
+        batch: int,
+        length: int,
+        cache: Cache | None,
+        *,
+        padding: bool = False,
+        kinds: Sequence[str] = (),
+        alike: Sequence[str] = (),
     ) -> None:
-        self.batch, self.length, self.padding = batch, length, padding
+        self.batch, self.length, self.padding, self.alike = batch, length, padding, alike
         self.cached = cache is not None
         layers = cache.layers if cache is not None else []
         self.static = any(isinstance(layer, StaticLayer) for layer in layers)
@@ -55,6 +63,8 @@ class DecoderLabels:
             return (*(None,) * (tensor.dim() - 2), "batch", "sequence")
         if (name, tensor.dim()) in _NAMED and "[" not in path:
             return _NAMED[name, tensor.dim()]
+        if name in self.alike:
+            return (None,) * tensor.dim()
         if name in FEATURES:
             return ("visual_tokens", *(None,) * (tensor.dim() - 1))
         return self._by_size(tensor)

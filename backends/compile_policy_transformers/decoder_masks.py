@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
-from transformers.masking_utils import create_masks_for_generate
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 
 from compile_policy.errors import NotCompilable
 from compile_policy_transformers import attention
 from compile_policy_transformers.own_masks import OwnMasks, has_kinds_of_its_own
 
+_CAUSAL = "create_causal_mask"
 _PREPARES = "_prepare_decoder_attention_mask"
 _BIDIRECTIONAL = "use_bidirectional_attention"
 
@@ -38,7 +39,12 @@ class DecoderMasks:
         self.dense_config._attn_implementation_internal = self.implementation
         self.create: Callable[..., Any] = create_masks_for_generate
         self.own = OwnMasks(decoder) if has_kinds_of_its_own(config) else None
-        self._makes_own = _BIDIRECTIONAL in inspect.unwrap(type(decoder).forward).__code__.co_names
+        names = inspect.unwrap(type(decoder).forward).__code__.co_names
+        self._makes_own = _BIDIRECTIONAL in names
+        # A window in the configuration may be the attention's alone: what counts is the mask that its forward makes.
+        windowed = getattr(config, "sliding_window", None) is not None and not hasattr(config, "layer_types")
+        others = any("sliding_window" in name or "chunk" in name for name in names) or hasattr(config, _BIDIRECTIONAL)
+        self._no_window = windowed and _CAUSAL in names and not others
 
     def created(
         self,
@@ -59,6 +65,8 @@ class DecoderMasks:
         """
         if self.own is not None and not isinstance(mask, Mapping):
             return self.own.made(self.dense_config, embeds, mask, cache, text)
+        if self._no_window and not isinstance(mask, Mapping):
+            return create_causal_mask(self.dense_config, embeds, mask, cache, position_ids=text)
         made = self.create(self.dense_config, embeds, mask, cache, position_ids=text)
         if embeds.shape[1] == 1 or getattr(self.config, _BIDIRECTIONAL, False) not in (True, "all"):
             return made  # a single token has no future to see

@@ -23,6 +23,7 @@ class DecoderRule:
         padding_dtype: of the mask that it makes where none is given.
         only_hides: all it does with the padding mask is to hide keys, so that a prepared mask stands for one.
         returns_mask: it returns that mask, which is put into the result as the caller gave it.
+        alike: tensor arguments that are the same for all rows; the first dim of others is taken for the batch.
         wraps_cache: it puts a plain `DynamicCache` into an `EncoderDecoderCache`, and returns that.
         ids: the argument in which it reads token ids beside their embeddings, where its configuration has
             ``ids_where``; its method ``ids_from`` finds those of embeddings. Its cache keeps the last ones, and ends of
@@ -36,6 +37,7 @@ class DecoderRule:
     padding_dtype: torch.dtype = torch.long
     only_hides: bool = False
     returns_mask: bool = False
+    alike: tuple[str, ...] = ()
     wraps_cache: bool = False
     ids: str = ""
     ids_where: str = ""
@@ -57,6 +59,12 @@ RULES: tuple[DecoderRule, ...] = (
         padding_dtype=torch.float32,
         only_hides=True,
         returns_mask=True,
+    ),
+    DecoderRule(
+        "voxtral_realtime_text",
+        "modeling_voxtral_realtime.py, VoxtralRealtimeTextModel.forward: t_cond, the delay, has a first dim of 1",
+        until="a dim of 1 can be told from a batch of 1",
+        alike=("t_cond",),
     ),
     DecoderRule(
         "blip_text_model",

@@ -29,7 +29,7 @@ from compile_policy.reference import relative_error
 from compile_policy_transformers import compat
 from compile_policy_transformers.components import answering
 from compile_policy_transformers.matrix_requests import altered, prompts_of
-from compile_policy_transformers.tiny import tiny_model
+from compile_policy_transformers.tiny import generation_inputs, tiny_model
 from compile_policy_transformers.tiny.videos import VIDEOS
 
 KINDS = ("none", "dynamic", "static")
@@ -246,7 +246,7 @@ def _attempt(model: PreTrainedModel, prompt: dict[str, Any], kind: str, counts: 
             options |= {"logits_processor": LogitsProcessorList([noted]), "max_denoising_steps": NEW_TOKENS}
             options |= {"disable_compile": True}
         out = generate(
-            **prompt,
+            **generation_inputs(model, prompt, NEW_TOKENS),
             **options,
             max_new_tokens=NEW_TOKENS,
             min_new_tokens=NEW_TOKENS,

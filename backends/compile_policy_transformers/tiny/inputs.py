@@ -14,6 +14,7 @@ from .extras import add_extras
 from .images import make_images
 from .shrink import FIRST_SPECIAL_ID, FIRST_TEXT_ID
 from .sounds import make_sounds
+from .streams import streamed
 from .videos import make_videos
 
 PAD_ID = 0
@@ -78,7 +79,7 @@ def tiny_inputs(
     tensors = {**block.tensors, **seen.tensors, **heard.tensors}
     named = {name: value for name, value in tensors.items() if name in accepted}
     inputs |= named or tensors  # named nowhere: they travel as keywords to an encoder inside
-    return add_extras(model, inputs, accepted, len(images), generator)
+    return streamed(model, add_extras(model, inputs, accepted, len(images), generator), generator)
 
 
 def _shorter_by(row: int, text_len: int) -> int:
