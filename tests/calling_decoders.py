@@ -90,13 +90,7 @@ class CallsBefore(LlamaModel):
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
             position_ids = position_ids.unsqueeze(0)
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        causal_mask = self._mask(inputs_embeds, attention_mask, past_key_values, position_ids)
         hidden_states = inputs_embeds
         rows = inputs_embeds.shape[0]
         norms = []
@@ -116,6 +110,18 @@ class CallsBefore(LlamaModel):
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states.view(rows, -1, self.config.hidden_size), past_key_values=past_key_values
         )
+
+    def _mask(self, embeds: torch.Tensor, mask: Any, cache: Any, positions: torch.Tensor) -> Any:
+        return create_causal_mask(self.config, embeds, mask, cache, position_ids=positions)
+
+
+class MasksItself(CallsBefore):
+    def _mask(self, embeds: torch.Tensor, mask: Any, cache: Any, positions: torch.Tensor) -> Any:
+        keys = embeds.shape[1] if cache is None else cache.get_mask_sizes(embeds.shape[1], 0)[0]
+        seen = torch.arange(keys)[None, :] <= positions[0, :, None]
+        padding = nn.functional.pad(mask.bool(), (0, keys - mask.shape[1]), value=False)
+        closed = torch.finfo(embeds.dtype).min
+        return torch.where(seen[None, None] & padding[:, None, None], 0.0, closed)
 
 
 class CallsAmong(LlamaModel):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from calling_decoders import PICTURE, CallsAmong, CallsBefore, RemembersAmong, model_with, small_config
+from calling_decoders import PICTURE, CallsAmong, CallsBefore, MasksItself, RemembersAmong, model_with, small_config
 from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM, LlamaModel, StaticCache
 from transformers.models.evolla.modeling_evolla import EvollaSequenceAlignerCrossAttention
@@ -66,10 +66,13 @@ def _logits(model: LlamaForCausalLM, request: dict[str, Any], kind: str) -> list
     return logits
 
 
-@pytest.mark.parametrize("kind", ["none", "dynamic", "static"])
-def test_a_made_up_architecture(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "decoder"),
+    [*((kind, CallsBefore) for kind in ("none", "dynamic", "static")), ("dynamic", MasksItself)],
+)
+def test_a_made_up_architecture(kind: str, decoder: type[LlamaModel]) -> None:
     """One graph for pictures and none, any batch and length, and equal to eager, although the tower reads values."""
-    model = model_with(CallsBefore)
+    model = model_with(decoder)
     with torch.no_grad():
         want = [_logits(model, request, kind) for request in _requests()]
         cp.apply(model, EAGER)
@@ -190,6 +193,50 @@ def test_a_call_that_asks_for_the_layers_outputs_runs_eager() -> None:
         model(**request)  # hooks that collect are installed by now
     row = next(c for c in cp.report(model).components if c.role == "decoder")
     assert row.graphs == 1 and row.eager_calls == 2
+
+
+def test_a_forward_that_is_replaced_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What somebody puts in place of the forward later, on the instance or the class, is what runs."""
+    model = model_with(CallsBefore)
+    request = next(_requests())
+    with torch.no_grad():
+        cp.apply(model, EAGER)
+        before = model(**request).logits
+        stock = CallsBefore.forward
+
+        def other(self: Any, *args: Any, **kwargs: Any) -> Any:
+            out = stock(self, *args, **kwargs)
+            out.last_hidden_state = out.last_hidden_state + 1
+            return out
+
+        with monkeypatch.context() as patch:
+            patch.setitem(vars(model.model), "forward", lambda *args, **kwargs: other(model.model, *args, **kwargs))
+            changed = model(**request).logits
+        with monkeypatch.context() as patch:
+            patch.setattr(CallsBefore, "forward", other)
+            again = model(**request).logits
+        assert (changed - before).abs().max() > 0.1 and torch.equal(changed, again)
+        torch.testing.assert_close(model(**request).logits, before)
+    row = next(c for c in cp.report(model).components if c.role == "decoder")
+    assert row.eager_calls == 2 and row.fallback == "its forward was replaced"
+
+
+def test_gradients_reach_the_tower() -> None:
+    """Training goes through the graph and what comes before it."""
+    model = model_with(CallsBefore)
+    request = next(_requests())
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            cp.apply(model, EAGER)
+        model.zero_grad()
+        model(**request, use_cache=False).logits.square().mean().backward()
+        found.append([p.grad.clone() for p in model.model.parameters() if p.grad is not None])
+    assert len(found[0]) == len(found[1]) > 20
+    for mine, theirs in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+    row = next(c for c in cp.report(model).components if c.role == "decoder")
+    assert (row.graphs, row.eager_calls) == (1, 0), row
 
 
 def test_few_layers_stand_for_all() -> None:

@@ -7,6 +7,7 @@ leaves behind goes into the graph of the layers; what comes behind them arranges
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
@@ -20,7 +21,7 @@ from compile_policy.call_key import Call
 from compile_policy.entry import Entry
 from compile_policy.errors import NotCompilable
 from compile_policy.region import Bound
-from compile_policy_transformers import attention, caches, compat
+from compile_policy_transformers import attention, cache_layers, caches, compat
 from compile_policy_transformers.cache_masks import SLIDING, all_sliding, arranged
 from compile_policy_transformers.decoder import DecoderBinder
 from compile_policy_transformers.forward_parts import Parts
@@ -29,7 +30,7 @@ from compile_policy_transformers.recipes import traceable_layers
 from compile_policy_transformers.repeat import Step
 from compile_policy_transformers.split_labels import SplitLabels
 
-_MASK = "attention_mask"
+_IDS, _MASK = "input_ids", "attention_mask"
 _COLLECTS = ("output_hidden_states", "output_attentions", "output_cross_attentions", "output_router_logits")
 
 
@@ -40,24 +41,27 @@ class SplitDecoderBinder(DecoderBinder):
         super().__init__(decoder)
         self.parts = parts
         self.labels = SplitLabels()
+        self.traced = _dispatched(parts, type(decoder).forward, frozenset(self.parameters))
 
     @contextmanager
     def tracing(self, module: nn.Module) -> Iterator[None]:
         attends = attention.traced_with(attention.configs_below(module), self.masks.implementation)
-        before = vars(module).get("forward")
-        vars(module)["forward"] = MethodType(_dispatched(self.parts, type(module).forward), module)
+        vars(module)["forward"] = MethodType(self.traced, module)
         try:
             with attends, traceable_layers(module), self.recurrent.tracing():
                 yield
         finally:
             del vars(module)["forward"]
-            if before is not None:
-                vars(module)["forward"] = before
 
     def bind(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
+        own = vars(module).get("forward")  # its own while another thread captures
+        if inspect.unwrap(type(module).forward) is not self.parts.forward or (
+            own is not None and getattr(own, "__func__", None) is not self.traced
+        ):
+            raise NotCompilable("its forward was replaced", remedy="Take the policy off and apply it again.")
         values = self._by_name(args, kwargs)
         self._check(values)
-        ids = values.get("input_ids")
+        ids = values.get(_IDS)
         if ids is not None and values.get("inputs_embeds") is not None:
             raise NotCompilable("both input_ids and inputs_embeds were given")
         known = dict(values)
@@ -65,6 +69,7 @@ class SplitDecoderBinder(DecoderBinder):
         batch, length = embeds.shape[:2]
         if length == 0:
             raise NotCompilable("a call without tokens")
+        known[_IDS] = ids
         cache = self._cache(module, known, embeds)
         if isinstance(cache, EncoderDecoderCache):
             raise NotCompilable("it has a cache of an encoder beside its own")
@@ -85,6 +90,15 @@ class SplitDecoderBinder(DecoderBinder):
         label = self.labels.of(into, batch, length, form.masks, cache)
         return Bound(into, label, {}, {"batch": 2, "sequence": 3}, boundary=length > 1, finish=finish)
 
+    def _shapes_after(self, module: nn.Module, call: Mapping[str, Any]) -> list[cache_layers.LayerShape]:
+        if call.get(_IDS) is None:
+            return super()._shapes_after(module, call)
+        cache = cache_layers.fresh_cache(self.config, False)
+        given = {name: value for name, value in call.items() if name != "inputs_embeds"}  # made of the tokens again
+        with torch.no_grad():
+            module.forward(**{**given, "past_key_values": cache, "use_cache": True})
+        return cache_layers.layer_shapes(cache)
+
     def _check(self, values: dict[str, Any]) -> None:
         """Raises NotCompilable for a call whose result is not what the parts make."""
         asked = [name for name in _COLLECTS if values.get(name) or getattr(self.config, name, False)]
@@ -103,13 +117,13 @@ class SplitDecoderBinder(DecoderBinder):
         pass
 
 
-def _dispatched(parts: Parts, forward: Callable[..., Any]) -> Callable[..., Any]:
+def _dispatched(parts: Parts, forward: Callable[..., Any], parameters: frozenset[str]) -> Callable[..., Any]:
     """The layers for what `SplitDecoderBinder.bind` made; threads that run the module meanwhile get ``forward``."""
     layers = compat.quietly(parts.layers)
     names = parts.given
 
     def dispatched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if args or not names.issuperset(kwargs):
+        if args or not names.issuperset(kwargs) or parameters.issuperset(kwargs):
             return forward(self, *args, **kwargs)
         return layers(self, **{name: _own(value) for name, value in kwargs.items()})
 
@@ -122,13 +136,19 @@ def _own(value: Any) -> Any:
 
 
 class _WithConfig:
-    """Stands for a module, with another configuration; nothing of the module is changed for other threads."""
+    """Stands for a module, with another configuration; nothing of the module is changed for other threads.
+
+    Its methods see that configuration too, but for those that ask for their base class, which want the module itself.
+    """
 
     def __init__(self, module: nn.Module, config: Any) -> None:
         self.__dict__["_module"], self.__dict__["config"] = module, config
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_module"], name)
+        found = getattr(self.__dict__["_module"], name)
+        own = isinstance(found, MethodType) and found.__self__ is self.__dict__["_module"]
+        code = getattr(inspect.unwrap(found.__func__), "__code__", None) if own else None
+        return found if code is None or "__class__" in code.co_freevars else MethodType(found.__func__, self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.__dict__["_module"], name, value)
@@ -160,6 +180,9 @@ class _Form:
         self.batch, self.length, self.cache = batch, length, cache
         self.carrier = None if cache is None else caches.CacheCall(cache, length)
         self._given = {id(mask) for mask in masks if mask is not None}
+        self._told = any(mask is not None and mask.dim() == 4 for mask in masks)
+        layers: list[Any] = [] if cache is None else list(cache.layers)
+        self._keys = {length, *(int(layer.get_mask_sizes(length)[0]) for layer in layers)}
         self.masks: set[int] = set()
 
     def of(self, value: Any, kind: str = "") -> Any:
@@ -175,7 +198,7 @@ class _Form:
         return value
 
     def _tensor(self, value: torch.Tensor, kind: str) -> torch.Tensor:
-        is_mask = id(value) in self._given
+        is_mask = id(value) in self._given or (not self._told and self._looks_like_a_mask(value))
         if value.dim() > 1 and value.shape[0] == 1 < self.batch and (is_mask or value.shape[1] == self.length):
             value = value.expand(self.batch, *value.shape[1:])
         if is_mask and value.dim() == 4:
@@ -183,3 +206,7 @@ class _Form:
         if is_mask:
             self.masks.add(id(value))
         return value
+
+    def _looks_like_a_mask(self, value: torch.Tensor) -> bool:
+        """For a decoder that makes its masks itself."""
+        return value.dim() == 4 and value.shape[2] == self.length and value.shape[3] in self._keys
