@@ -70,6 +70,38 @@ def _features(model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor
     return found[0] if isinstance(found, (tuple, list)) else found
 
 
+def test_frames_have_a_dim_of_their_own() -> None:
+    """Kimi's tower pools over time, with the frames as a dim of its layout: pictures and videos share a graph."""
+    model = tiny_model("kimi_k25")
+    tower = model.get_submodule("model.vision_tower")
+    grids = [torch.tensor(g) for g in ([[1, 4, 6]], [[2, 4, 6], [2, 2, 4]], [[3, 6, 4]], [[1, 2, 2], [1, 6, 4]])]
+    calls = [(torch.randn(int(grid.prod(1).sum()), 3, 14, 14), grid) for grid in grids]
+    with torch.no_grad():
+        expected = [tower(pixels, grid_thw=grid).pooler_output for pixels, grid in calls]
+        _apply(model)
+        for (pixels, grid), want in zip(calls, expected, strict=True):
+            torch.testing.assert_close(tower(pixels, grid_thw=grid).pooler_output, want)
+    assert (_encoder_report(model).graphs, _encoder_report(model).eager_calls) == (1, 0)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "llava_onevision"])
+def test_pictures_and_videos_share_a_tower(model_type: str) -> None:
+    """Alone, several, and beside each other: eager's tokens, one encoder graph, no eager call."""
+    model = tiny_model(model_type)
+    asked: list[dict[str, Any]] = [
+        {"images": [(56, 84)]},
+        {"videos": [(4, 56, 84)], "batch": 2},
+        {"videos": [(2, 84, 56), (6, 56, 56)]},
+        {"images": [(84, 56), (56, 56)], "videos": [(4, 84, 84)]},
+    ]
+    prompts = [tiny_inputs(model, text_len=10, seed=i, **one) for i, one in enumerate(asked)]
+    want = [model.generate(**prompt, max_new_tokens=TOKENS) for prompt in prompts]
+    _apply(model)
+    for prompt, tokens in zip(prompts, want, strict=True):
+        assert torch.equal(model.generate(**prompt, max_new_tokens=TOKENS), tokens)
+    assert (_encoder_report(model).graphs, _encoder_report(model).eager_calls) == (1, 0)
+
+
 @pytest.mark.parametrize("model_type", GRID + FIXED)
 def test_one_graph_for_all_pictures(model_type: str) -> None:
     """`generate` over 1, 2, 3 and 5 pictures of mixed sizes: eager's tokens, one encoder graph, no eager call."""

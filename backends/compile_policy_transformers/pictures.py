@@ -55,11 +55,31 @@ def probe(tower: nn.Module, values: Mapping[str, Any]) -> tuple[Prologue, dict[s
     Raises:
         NotCompilable: no grids that the tower takes were found, or what it computes from them is not known.
     """
+    found = _probed(tower, values, (1, 1))
+    if not _one_of_something(*found):
+        return found
+    try:
+        return _probed(tower, values, (2, 3))
+    except NotCompilable:  # it takes pictures alone
+        return found
+
+
+def _one_of_something(prologue: Prologue, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether a layout has a dim of size 1 with all pictures: the frames of a video may stand there."""
+    layouts = [(one[name], other[name]) for name in prologue.names if isinstance(one[name], torch.Tensor)]
+    return any(sizes == (1, 1) for pair in layouts for sizes in zip(pair[0].shape, pair[1].shape, strict=True))
+
+
+def _probed(
+    tower: nn.Module, values: Mapping[str, Any], frames: tuple[int, int]
+) -> tuple[Prologue, dict[str, Any], dict[str, Any]]:
+    """`probe` with so many frames in each picture of the two calls."""
+    examples = [tuple((t, h, w) for _, h, w in grids) for t, grids in zip(frames, (EXAMPLE, _OTHER), strict=True)]
     why: Exception | None = None
     merges = dict.fromkeys((merge_of(tower), *_said_merges(tower), *_MERGES))
     for merge, dim in itertools.product(merges, _patch_dims(tower, values)):
         try:
-            one, other = (_call_with(tower, values, grids, merge, dim) for grids in (EXAMPLE, _OTHER))
+            one, other = (_call_with(tower, values, grids, merge, dim) for grids in examples)
             with attention.traced_with(attention.configs_below(tower), attention.ENCODER):
                 prologue, again = learn(tower, one), learn(tower, other)
             if prologue != again:
