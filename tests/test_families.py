@@ -7,7 +7,10 @@ import warnings
 import pytest
 import torch
 
-from compile_policy_transformers.matrix import KINDS, TOLERANCE, _cells
+from compile_policy.applied import apply, remove, report
+from compile_policy.config import CompilationConfig
+from compile_policy.events import Event, listening
+from compile_policy_transformers.matrix import KINDS, TOLERANCE, _attempt, _cells, _difference
 from compile_policy_transformers.matrix_requests import prompts_of
 from compile_policy_transformers.tiny import tiny_model
 
@@ -57,3 +60,32 @@ def test_few_graphs(model_type: str, kind: str, most: int) -> None:
 @pytest.mark.parametrize(("model_type", "kind", "most"), SLOW)
 def test_few_graphs_slow(model_type: str, kind: str, most: int) -> None:
     _measured(model_type, kind, most)
+
+
+#: Kinds of decoders, each through code that Inductor writes: linear attention, per-layer inputs and sliding windows,
+#: cross-attention, state spaces, encoder-decoders, latent attention, experts.
+LOWERED = ("qwen3_5", "gemma4", "mllama", "jamba", "mamba2", "florence2", "udop", "deepseek_v3", "gpt_oss")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", LOWERED)
+@torch.no_grad()
+def test_lowered_by_default(model_type: str) -> None:
+    """The default configuration: ahead of time, one graph for two requests through `generate`, equal to eager."""
+    torch._dynamo.reset()
+    model = tiny_model(model_type)
+    told: list[Event] = []
+    with warnings.catch_warnings(), listening(told.append):
+        warnings.simplefilter("ignore")
+        prompts = prompts_of(model)[:2]
+        expected = [_attempt(model, prompt, "dynamic") for prompt in prompts]
+        apply(model, CompilationConfig())
+        try:
+            got = [_attempt(model, prompt, "dynamic") for prompt in prompts]
+            rows = [c for c in report(model).components if c.decision == "compile"]
+        finally:
+            remove(model)
+    assert [(c.graphs, c.eager_calls) for c in rows] == [(1, 0)] * len(rows) and sum(c.calls for c in rows) > 0
+    assert [e.data["road"] for e in told if e.kind == "compile_end"] == ["ahead"] * len(rows)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert not isinstance(ours, Exception) and _difference(ours, theirs) <= TOLERANCE
