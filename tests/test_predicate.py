@@ -175,11 +175,12 @@ class _Assigns(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.linear(x.transpose(1, 2)).transpose(1, 2)
-        out = x.new_zeros(x.shape[0], 4, 9)
+        out = x.new_zeros(x.shape[0], 4, x.shape[2] + 1)
+        end = min(x.shape[2], 90)
         if self.minds:
-            out[:, :, 2:7] = x if x.shape[0] != 1 else -x
+            out[:, :, :end] = x if x.shape[0] != 1 else -x
         else:
-            out[:, :, 2:7] = x
+            out[:, :, :end] = x
         return out
 
 
@@ -187,7 +188,8 @@ class _Assigns(nn.Module):
 def test_one_row_shares_the_graph_where_it_is_computed_alike(minds: bool) -> None:
     """Assigning and multiplying one row needs no graph of its own, a branch on it does."""
     module = _Assigns(minds)
-    region = Region(module, role="m", binder=SignatureBinder({"x": {0: None}}), options=RegionOptions(backend="eager"))
+    binder = SignatureBinder({"x": {0: "rows", 2: "columns"}})
+    region = Region(module, role="m", binder=binder, options=RegionOptions(backend="eager"))
     with torch.no_grad():
         for rows in (3, 1, 2):
             x = torch.randn(rows, 4, 5)
