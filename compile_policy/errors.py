@@ -71,8 +71,10 @@ class NotCompilable(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """Type and first line of an exception: what fits into a reason."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+    """Type and first line of an exception, and the second where the first announces it: what fits into a reason."""
+    lines = str(error).strip().splitlines() or [""]
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {said[:300]}"
 
 
 class PolicyWarning(UserWarning):

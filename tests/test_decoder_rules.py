@@ -15,7 +15,7 @@ from compile_policy.errors import NotCompilable
 from compile_policy_transformers import decoder_rules
 from compile_policy_transformers.components import meta_model
 from compile_policy_transformers.cross_states import SeenStates, encoded_states
-from compile_policy_transformers.decoder_masks import as_prepared, padding_of, prepared, prepares_own
+from compile_policy_transformers.decoder_masks import as_boolean, as_prepared, padding_of, prepared, prepares_own
 from compile_policy_transformers.embedded import with_pictures
 from compile_policy_transformers.experts import grouped, looping_experts
 from compile_policy_transformers.matrix import _cells
@@ -202,3 +202,31 @@ def test_padding_of_a_prepared_mask() -> None:
     mask[0, 0, 1, 0] = False
     with pytest.raises(NotCompilable, match="more than padding"):
         padding_of(mask, cache)
+
+
+def test_masks_beside_those_of_an_encoder() -> None:
+    """t5gemma2 puts both kinds of masks into one, so that they have to be of one kind: with masks that were prepared as
+    numbers too, over a static cache, it is one graph and equal to eager."""
+    model: Any = tiny_model("t5gemma2")
+    model.set_attn_implementation("eager")  # with any other, stock code leaves out a mask that it needs then
+    requests = [tiny_inputs(model, text_len=9), tiny_inputs(model, text_len=12, batch=2, seed=1)]
+    asked = {"cache_implementation": "static", "max_new_tokens": 10, "output_logits": True}
+
+    def run() -> list[torch.Tensor]:
+        answers = [model.generate(**inputs, **asked, return_dict_in_generate=True) for inputs in requests]
+        return [torch.stack(answer.logits) for answer in answers]
+
+    with torch.no_grad():
+        want = run()
+        cp.apply(model, cp.CompilationConfig(backend="eager"))
+        torch.testing.assert_close(run(), want, atol=1e-4, rtol=1e-4)
+    row = next(c for c in cp.report(model).components if c.role == "decoder")
+    assert (row.graphs, row.eager_calls) == (1, 0), row.fallback
+
+
+def test_prepared_masks_as_boolean() -> None:
+    """Only those that open and close and do nothing else."""
+    lowest = torch.finfo(torch.float32).min
+    plain, biased = torch.tensor([0.0, lowest]), torch.tensor([0.5, lowest])
+    got = as_boolean({"a": plain, "b": biased, "c": None})
+    assert got["a"].tolist() == [True, False] and got["b"] is biased and got["c"] is None

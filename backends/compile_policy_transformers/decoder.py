@@ -28,6 +28,7 @@ from compile_policy_transformers.cross_states import SeenStates, encoded_states
 from compile_policy_transformers.decoder_labels import DecoderLabels
 from compile_policy_transformers.decoder_masks import (
     DecoderMasks,
+    as_boolean,
     as_prepared,
     padding_mask,
     padding_of,
@@ -117,6 +118,8 @@ class DecoderBinder:
                 values.get("position_ids") if own is None else own, embeds, cache
             )
         given_mask = values.get("attention_mask")
+        if isinstance(given_mask, Mapping) and values.get("encoder_hidden_states") is not None:
+            given_mask = as_boolean(given_mask)  # put beside masks of the encoder's output, which the graph has boolean
         if prepares_own(module):
             masks = prepared(module, given_mask, embeds, cache)
         else:
@@ -222,7 +225,10 @@ class DecoderBinder:
             try:
                 self.shapes[embeds.dtype] = self._shapes_after(module, two_tokens)
             except Exception:  # it needs more than embeddings: the caller's call has all that
-                self.shapes[embeds.dtype] = self._shapes_after(module, {**values, "inputs_embeds": embeds.clone()})
+                whole = {**values, "inputs_embeds": embeds.clone()}
+                if isinstance(whole.get("attention_mask"), Mapping):  # made for the call's own cache
+                    del whole["attention_mask"]
+                self.shapes[embeds.dtype] = self._shapes_after(module, whole)
         return self.shapes[embeds.dtype]
 
     def _shapes_after(self, module: torch.nn.Module, call: Mapping[str, Any]) -> list[cache_layers.LayerShape]:

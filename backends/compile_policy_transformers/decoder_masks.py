@@ -129,6 +129,18 @@ def padding_mask(given: Any, embeds: torch.Tensor, cache: Cache | None, dtype: t
     return torch.nn.functional.pad(given, (0, keys - given.shape[1])) if static else given
 
 
+def as_boolean(masks: Mapping[str, Any]) -> dict[str, Any]:
+    """Prepared masks with those of them boolean that open and close and do nothing else."""
+    return {name: _boolean(mask) if isinstance(mask, torch.Tensor) else mask for name, mask in masks.items()}
+
+
+def _boolean(mask: torch.Tensor) -> torch.Tensor:
+    if not mask.is_floating_point():
+        return mask
+    closed = mask <= torch.finfo(mask.dtype).min / 2
+    return ~closed if bool(((mask == 0) | closed).all()) else mask
+
+
 def padding_of(mask: torch.Tensor, cache: Cache | None) -> torch.Tensor:
     """(batch, keys), false for padding, of a prepared mask (batch, 1, sequence, keys) that is causal besides.
 
