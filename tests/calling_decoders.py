@@ -55,7 +55,9 @@ class Eye(PreTrainedModel):
 
 
 class CallsBefore(LlamaModel):
-    """Scales its embeddings, puts pictures among them, and attends to nothing of them later."""
+    """Scales its embeddings, puts pictures among them, and notes something of every layer."""
+
+    notes = True
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
@@ -104,15 +106,20 @@ class CallsBefore(LlamaModel):
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
             )
-            norms.append(hidden_states.norm(dim=-1))
+            if self.notes:
+                norms.append(hidden_states.norm(dim=-1))
         hidden_states = self.norm(hidden_states)
-        assert len(norms) == len(self.layers)
+        assert len(norms) == len(self.layers) * self.notes
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states.view(rows, -1, self.config.hidden_size), past_key_values=past_key_values
         )
 
     def _mask(self, embeds: torch.Tensor, mask: Any, cache: Any, positions: torch.Tensor) -> Any:
         return create_causal_mask(self.config, embeds, mask, cache, position_ids=positions)
+
+
+class WithoutNorms(CallsBefore):
+    notes = False
 
 
 class MasksItself(CallsBefore):
