@@ -291,7 +291,7 @@ class FixedExperts(Step3p7Experts):
 @pytest.fixture
 def looping(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the policy's own recipe for experts that loop over data, step3p7 cannot be captured."""
-    monkeypatch.setattr("compile_policy_transformers.decoder.looping_experts", lambda module: [])
+    monkeypatch.setattr("compile_policy_transformers.recipes.looping_experts", lambda module: [])
 
 
 @pytest.mark.usefixtures("looping")
