@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -39,6 +41,21 @@ def test_code_without_source_may_read_everything() -> None:
         namespace,
     )
     assert without_unread(namespace["Tower"](), {"mode": "a"}) == {"mode": "a"}
+
+
+def test_a_forward_in_the_place_of_another_counts() -> None:
+    """Its code is looked at too, wherever it stands."""
+    tower = tiny_model("llava_onevision").model.vision_tower
+    layer = tower.encoder.layers[0]
+    before = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        assert kwargs.get("wish_of_mine") is None
+        return before(*args, **kwargs)
+
+    assert "wish_of_mine" not in without_unread(tower, {"wish_of_mine": "a"})
+    layer.forward = forward
+    assert "wish_of_mine" in without_unread(tower, {"wish_of_mine": "a"})
 
 
 @pytest.mark.filterwarnings("ignore:Encoder compilation is experimental")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -19,6 +19,7 @@ from torch import nn
 _RETURN_DICT = "return_dict"
 #: What Transformers' decorators round a forward read; of their code nothing else is asked.
 _DECORATED = ("output_", "use_cache")
+_TORCH = ("torch", "builtins", "typing")
 
 
 def without_unread(module: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,17 +37,27 @@ def without_unread(module: nn.Module, values: Mapping[str, Any]) -> dict[str, An
         if name == _RETURN_DICT:
             needless = value is getattr(getattr(module, "config", None), _RETURN_DICT, True)
         else:
-            needless = not _may_be_read(name, frozenset(type(m) for m in module.modules()))
+            needless = not _may_be_read(name, frozenset(_homes(module)))
         if needless:
             del kept[name]
     return kept
 
 
+def _homes(module: nn.Module) -> Iterator[str]:
+    """The Python modules of all classes, and of every forward, also of one that was put in the place of theirs."""
+    for cls in {type(m) for m in module.modules()}:
+        yield from (known.__module__ for known in cls.__mro__)
+    for m in module.modules():
+        forward: Any = getattr(m.forward, "__func__", m.forward)
+        while forward is not None:
+            yield str(getattr(forward, "__globals__", {}).get("__name__", ""))
+            forward = getattr(forward, "__wrapped__", None)
+
+
 @cache
-def _may_be_read(argument: str, classes: frozenset[type]) -> bool:
-    """Whether the word stands in the code of ``classes``, comments included, or of what that has from its package."""
-    names = {cls.__module__ for known in classes for cls in known.__mro__}
-    names = {name for name in names if name.split(".")[0] not in ("torch", "builtins", "typing")}
+def _may_be_read(argument: str, homes: frozenset[str]) -> bool:
+    """Whether the word stands in the code of these modules, comments included, or of what that has from its package."""
+    names = {name for name in homes if name.split(".")[0] not in _TORCH and _may_read(name, name.split(".")[0])}
     seen: set[str] = set()
     while names - seen:
         name = (names - seen).pop()
