@@ -77,7 +77,10 @@ def _logits(model: LlamaForCausalLM, request: dict[str, Any], kind: str) -> list
 
 @pytest.mark.parametrize(
     ("kind", "decoder"),
-    [*((kind, CallsBefore) for kind in ("none", "dynamic", "static")), ("dynamic", MasksItself)],
+    [
+        *((kind, CallsBefore) for kind in ("none", "dynamic", "static")),
+        pytest.param("dynamic", MasksItself, marks=pytest.mark.slow),
+    ],
 )
 def test_a_made_up_architecture(kind: str, decoder: type[LlamaModel]) -> None:
     """One graph for pictures and none, any batch and length, and equal to eager, although the tower reads values."""
@@ -359,7 +362,7 @@ def _measured(model_type: str, kinds: tuple[str, ...], requests: int) -> None:
             assert (cell.state, cell.graphs, cell.eager_calls) == ("ok", 1, 0), (kind, cell)
 
 
-@pytest.mark.parametrize(("model_type", "kind"), [("idefics", "static"), ("chameleon", "dynamic"), ("evolla", "none")])
+@pytest.mark.parametrize(("model_type", "kind"), [("idefics", "static"), ("chameleon", "dynamic")])
 def test_architectures(model_type: str, kind: str) -> None:
     """One graph, equal to eager."""
     _measured(model_type, (kind,), 2)
