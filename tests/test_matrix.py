@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,7 +17,15 @@ from compile_policy.cli import main
 from compile_policy.cli.matrix import versions
 from compile_policy.cli.matrix_page import lines_about, page, reasons, row_lines, table, totals
 from compile_policy_transformers import matrix
-from compile_policy_transformers.matrix import TOLERANCE, _attempt, _control, matrix_types, measure
+from compile_policy_transformers.matrix import (
+    NEW_TOKENS,
+    TOLERANCE,
+    _attempt,
+    _cells,
+    _control,
+    matrix_types,
+    measure,
+)
 from compile_policy_transformers.matrix_requests import prompts_of
 from compile_policy_transformers.tiny import tiny_model
 from compile_policy_transformers.tiny.videos import VIDEOS
@@ -231,3 +240,23 @@ def test_an_unknown_architecture(capsys: pytest.CaptureFixture[str]) -> None:
     """One line, exit code 2."""
     assert main(["matrix", "llamma"]) == 2
     assert "no architecture 'llamma'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_static_cache_with_attention_written_out() -> None:
+    """t5gemma2 generates over a static cache with that attention alone: it is measured so, and not left out."""
+    model = tiny_model("t5gemma2")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cell = _cells(model, prompts_of(model)[:2], "static", {"decoder": ("decoder",)})["decoder"]
+    assert (cell.state, cell.graphs, cell.requests) == ("ok", 1, 2), cell
+    assert model.config._attn_implementation != "eager"
+
+
+@pytest.mark.slow
+def test_models_that_answer_without_logits() -> None:
+    """Block diffusion gives no logits: those of every step of denoising are compared."""
+    model = tiny_model("diffusion_gemma")
+    with torch.no_grad():
+        logits = _attempt(model, prompts_of(model)[0], "dynamic")
+    assert len(logits) == NEW_TOKENS and all(step.dim() == 3 for step in logits)

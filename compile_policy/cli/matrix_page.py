@@ -44,6 +44,7 @@ _LEGEND = """\
   with so many graphs.
 - **eager**: equal, some or all calls run eager with a warning. **wrong**, **raises**: a fault of the policy.
 - **-**: no such component. **n/a**: eager itself cannot run it. **idle**: no request of the measurement reaches it.
+  A static cache that fails with the default attention is measured with `attn_implementation="eager"`.
 - **image/video**: encoders of pictures and of videos, which most architectures share: one graph serves both.
 - **control**: `bites` where an ignored padding mask, a blank picture or video, or silence changes the result so much
   that the comparison would notice it."""
