@@ -174,6 +174,25 @@ def test_fingerprints_are_of_the_code_alone() -> None:
     assert fingerprint(len) == fingerprint(None) == ""
 
 
+def test_gradients_go_back_where_a_cache_is_written(model: PreTrainedModel) -> None:
+    """A step of training that leaves the cache on, as models do by default, gets eager's gradients."""
+    inputs = tiny_inputs(model, text_len=6)
+    model.train()
+
+    def gradients(use_cache: bool) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(**inputs, labels=inputs["input_ids"], use_cache=use_cache).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    want = gradients(True)
+    cp.apply(model, cp.CompilationConfig(backend="eager"))
+    torch.testing.assert_close(gradients(True), want)
+    row = next(c for c in cp.report(model).components if c.role == "decoder")
+    assert (row.graphs, row.eager_calls) == (0, 1) and "in place" in str(row.fallback)
+    torch.testing.assert_close(gradients(False), want, atol=1e-4, rtol=1e-3)
+    assert next(c for c in cp.report(model).components if c.role == "decoder").graphs == 1
+
+
 @pytest.mark.slow
 def test_through_inductor(model: PreTrainedModel) -> None:
     requests = [tiny_inputs(model, text_len=n, images=p, seed=n) for n, p in ((9, ()), (21, [(56, 84)]))]

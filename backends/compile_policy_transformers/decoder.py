@@ -24,6 +24,7 @@ from compile_policy.region import Bound
 from compile_policy_transformers import attention, cache_layers, caches, compat
 from compile_policy_transformers.cache_masks import all_sliding, arranged, each_arranged, each_padded, mask_config
 from compile_policy_transformers.cache_pairs import PairCall
+from compile_policy_transformers.cache_states import is_linear
 from compile_policy_transformers.cross_states import SeenStates, encoded_states
 from compile_policy_transformers.decoder_labels import DecoderLabels
 from compile_policy_transformers.decoder_masks import (
@@ -49,6 +50,7 @@ from compile_policy_transformers.token_ids import TokenIds
 #: Visual tokens are some of the example's 2 x 3 positions.
 _EXAMPLE_SIZES = {"batch": 2, "sequence": 3, "visual_tokens": 5}
 _NO_TOKENS = "Have its forward take inputs_embeds, in a subclass (compile_policy.layers.override, replace_layers_)."
+_IN_PLACE = "the graph writes the states of its cache in place, where gradients cannot go back through it"
 #: First argument of a decoder that begins behind its embeddings (git).
 _BEHIND = "hidden_states"
 #: Decoding takes one token after the other.
@@ -210,6 +212,8 @@ class DecoderBinder:
         if self.rule.wraps_cache and use_cache and isinstance(cache, DynamicCache):
             cache = EncoderDecoderCache(cache, DynamicCache(config=self.config))
         own: Cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        if module.training and torch.is_grad_enabled() and any(map(is_linear, getattr(own, "layers", ()))):
+            raise NotCompilable(_IN_PLACE, remedy="Call it with use_cache=False while it is trained.")
         if cache_layers.needs_initialisation(own, self.shapes.get(embeds.dtype)):
             cache_layers.initialise(own, self._layer_shapes(module, values, embeds), embeds.shape[0], embeds.device)
         found: Cache = cache
