@@ -388,16 +388,24 @@ def with_own_sizes(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Fake tensors like the given ones, in which every symbol is the size of some dim.
 
     AOTInductor reads symbols off the sizes of its inputs, and cannot undo a division: where all that is known of
-    ``s`` is a dim of ``s // 4``, that dim gets a symbol of its own.
+    ``s`` so far is a dim of ``s // 4``, that dim gets a symbol of its own.
     """
     numbers: list[Any] = [number for tensor in tensors for number in tensor.shape]
     sizes = [number.node for number in numbers if isinstance(number, torch.SymInt)]
     known = {node.expr for node in sizes if node.expr.is_Symbol}
     own: dict[Any, Any] = {}
+    read: set[Any] = set()
     for node in sizes:
-        if not node.expr.free_symbols <= known and node.has_hint() and node.expr not in own:
+        if node.expr.is_Symbol:
+            read.add(node.expr)
+        divided = any(part.is_Function for part in (node.expr, *node.expr.args))  # has to be known before it is met
+        if not node.expr.free_symbols <= (read if divided else known) and node.has_hint() and node.expr not in own:
             name = ConstantSource(f"size_{len(own)}_{id(tensors)}")
             own[node.expr] = node.shape_env.create_symbol(node.hint, name, dynamic_dim=DimDynamic.DYNAMIC)
+    for size, symbol in list(own.items()):  # strides are multiplied out: of ``1 + s // 2`` they show ``s // 2`` alone
+        divisions = [part for part in size.args if part.is_Function] if size.is_Add else []
+        if len(divisions) == 1 and not (size - divisions[0]).free_symbols:
+            own[divisions[0]] = symbol - (size - divisions[0])
     return [_renamed(tensor, own) for tensor in tensors]
 
 

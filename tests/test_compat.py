@@ -258,7 +258,7 @@ def test_a_length_of_its_own() -> None:
 
 
 def test_sizes_that_no_dim_gives_get_a_symbol() -> None:
-    """A dim of ``s // 4`` alone becomes a symbol, the same one everywhere; beside a dim of ``s`` nothing changes."""
+    """A dim of ``s // 4`` alone becomes a symbol, the same one everywhere; after a dim of ``s`` nothing changes."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
     policy = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
     whole = mode.from_tensor(torch.rand(12, 4), symbolic_context=policy)
@@ -268,5 +268,11 @@ def test_sizes_that_no_dim_gives_get_a_symbol() -> None:
     (length,) = {tensor.shape[dim].node.expr for tensor, dim in ((one, 0), (other, 1))}  # type: ignore[union-attr]
     assert length.is_Symbol and other.stride()[0].node.expr == length  # type: ignore[attr-defined]
     assert length != whole.shape[0].node.expr and one.shape[0].node.hint == 3  # type: ignore[attr-defined]
-    kept = compat.with_own_sizes([quarter, whole])
-    assert kept[0] is quarter and kept[1] is whole
+    with mode:
+        halves = whole.new_empty(2, (whole.shape[0] - 1) // 2 + 1, 8)
+    (kept_open,) = compat.with_own_sizes([halves])
+    size = kept_open.shape[1].node.expr  # type: ignore[attr-defined]
+    assert size.is_Symbol and kept_open.stride()[0].node.expr == 8 * size  # type: ignore[attr-defined]
+    kept = compat.with_own_sizes([whole, quarter])
+    assert kept[0] is whole and kept[1] is quarter
+    assert compat.with_own_sizes([quarter, whole])[0].shape[0].node.expr.is_Symbol  # type: ignore[attr-defined]

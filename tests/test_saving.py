@@ -211,8 +211,10 @@ def test_no_unpacked_package_stays_behind(saved: tuple[Region, list[Event]]) -> 
 def test_conditions_are_read_before_they_run() -> None:
     """Sizes, numbers, arithmetic and comparisons pass; anything that reaches further does not."""
     check_conditions(["s[0][0] == 3", "(2*s[1][0] + max(1, s[0][1]) // 2 >= s[2][0] % 8)", "True"])
+    check_conditions(["(math.ceil(s[0][1] / 12) != 1)", "(s[0][0] == math.sqrt(float(s[0][1])))"])
     for bad in (
         *("__import__('os')", "s.__class__", "s[0].__class__", "s[i][0] == 1", "open('x')", "[1 for _ in s]", "s"),
+        *("math.factorial(s[0][0])", "math.ceil.__self__", "s.ceil(1)"),
         *("(lambda: 1)()", "s[0][0] == 'a'", "max(s)", "max(1, key=2)", "x := 1", "s[0][0] and", "f'{s}'", "s[0][0:1]"),
     ):
         with pytest.raises(ValueError, match="condition"):

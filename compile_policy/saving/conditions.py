@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 
-_FUNCTIONS = frozenset({"Max", "Min", "max", "min", "floor"})
+_FUNCTIONS = frozenset({"Max", "Min", "max", "min", "floor", "float"})
+_MATH = frozenset({"ceil", "floor", "sqrt"})
 _ALLOWED: tuple[type[ast.AST], ...] = (
     *(ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.UAdd),
     *(ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Div, ast.Mod, ast.Pow),
@@ -41,8 +42,8 @@ def _check(node: ast.AST) -> None:
         _check_index(node.slice)
         _check_index(inner.slice)
     elif isinstance(node, ast.Call):
-        if not (isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS) or node.keywords:
-            raise ValueError("a size condition calls something else than min and max")
+        if not _is_arithmetic(node.func) or node.keywords:
+            raise ValueError("a size condition calls something else than arithmetic functions")
         for argument in node.args:
             _check(argument)
     elif isinstance(node, _ALLOWED):
@@ -50,6 +51,12 @@ def _check(node: ast.AST) -> None:
             _check(child)
     else:
         raise ValueError(f"a size condition holds a {type(node).__name__}")
+
+
+def _is_arithmetic(function: ast.expr) -> bool:
+    if isinstance(function, ast.Attribute):
+        return isinstance(function.value, ast.Name) and function.value.id == "math" and function.attr in _MATH
+    return isinstance(function, ast.Name) and function.id in _FUNCTIONS
 
 
 def _check_index(node: ast.AST) -> None:
