@@ -80,7 +80,7 @@ def hidden_tails(
         for piece, number, node in uses
         if piece.form not in single
         or any(user.op == "output" for user in node.users)
-        or not _masks_only(piece.graph, number, symbols)
+        or not _masks_slots(piece.graph, number, symbols)
     }
     while True:
         found = {(piece.form, number) for piece, number, node in uses if node in others}
@@ -103,11 +103,14 @@ def _is_row(node: Node, symbols: Mapping[Any, int]) -> bool:
     return isinstance(value.shape[3], torch.SymInt) and _becomes_one(math.prod(value.shape[:3]), symbols)
 
 
-def _masks_only(gm: GraphModule, number: int, symbols: Mapping[Any, int]) -> bool:
-    """Whether an input masks attention of one query, and is nothing else."""
-    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    readers = inputs[number].users
-    return all(_is_single_query(node, symbols) and _mask_of(node) is inputs[number] for node in readers)
+def _masks_slots(gm: GraphModule, number: int, symbols: Mapping[Any, int]) -> bool:
+    """Whether an input masks attention of one query over slots that may be empty, and is nothing else.
+
+    States that were just put together are all filled; where they are also all read, both are one loop.
+    """
+    mask = [node for node in gm.graph.nodes if node.op == "placeholder"][number]
+    queries = all(_is_single_query(node, symbols) and _mask_of(node) is mask for node in mask.users)
+    return queries and not any(part.target is torch.cat for node in mask.users for part in node.all_input_nodes)
 
 
 def _mask_of(node: Node) -> Any:

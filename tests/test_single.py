@@ -168,6 +168,22 @@ def test_a_mask_that_something_else_reads_keeps_its_tail() -> None:
             torch.testing.assert_close(graph.run([x, past, mask])[0], model(x, past, mask))
 
 
+class Grows(Attention):
+    """Keys are put together from held ones and new ones."""
+
+    def forward(self, x: torch.Tensor, past: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return super().forward(x, torch.cat([past[:, :, 1:], past[:, :, :1]], dim=2), mask)
+
+
+def test_a_cache_that_grows_has_no_empty_slots() -> None:
+    """Its mask is left alone: reading all states in the loop that puts them together costs less."""
+    model = Grows()
+    graph, operators = captured(model, torch.float32, torch.bool)
+    assert operators == [1, 0]
+    assert graph.program is not None and graph.program.special is not None and graph.program.special.masks == ()
+    check(model, graph, torch.float32, BOOL)
+
+
 class Stack(nn.Module):
     """A layer, and two that are the same code."""
 
