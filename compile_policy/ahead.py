@@ -18,6 +18,7 @@ import torch
 
 from compile_policy import captured, compat
 from compile_policy.blocks import BlockSummary, Piece, divide, whole
+from compile_policy.compat_fakes import with_own_sizes
 from compile_policy.program import Package, Program, Segment, Special
 from compile_policy.single import OPTIONS, has_single_row, hidden_tails, single_row
 
@@ -159,7 +160,7 @@ def make_package(gm: torch.fx.GraphModule, *, autotune: bool = False) -> Package
     with tempfile.TemporaryDirectory(prefix="compile_policy_") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own pickling of its tree specs
         path = Path(folder) / "graph.pt2"
-        inputs = compat.with_own_sizes([n.meta["example_value"] for n in _inputs(gm)])
+        inputs = with_own_sizes([n.meta["example_value"] for n in _inputs(gm)])
         compat.write_package(gm, tuple(inputs), str(path), options)
         return Package(path.read_bytes(), compat.load_package(str(path)))
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from compile_policy import compat
 from compile_policy.blocks import Piece
+from compile_policy.compat_fakes import of_shorter_length, with_sizes
 
 #: Under this name the ``meta`` of a graph holds options of Inductor for it.
 OPTIONS = "compile_policy_options"
@@ -48,9 +48,9 @@ def single_row(gm: GraphModule, symbols: Mapping[Any, int], tails: Sequence[int]
     short = {inputs[number] for number in tails}
     for node in gm.graph.nodes:
         if node in short:
-            copies[node].meta["example_value"] = compat.of_shorter_length(compat.with_sizes(_value(node), symbols))
+            copies[node].meta["example_value"] = of_shorter_length(with_sizes(_value(node), symbols))
         elif node.op == "placeholder":
-            copies[node].meta["example_value"] = compat.with_sizes(_value(node), symbols)
+            copies[node].meta["example_value"] = with_sizes(_value(node), symbols)
         elif _is_single(node, symbols):
             copies[node].target = _sum_of_products
         elif _is_single_query(node, symbols):

@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compile_policy import compat
+from compile_policy.compat_fakes import of_shorter_length, with_own_sizes, with_sizes
 from compile_policy.errors import EnvironmentNotSupported
 
 
@@ -238,9 +239,9 @@ def test_a_fake_tensor_with_some_sizes_filled_in() -> None:
     fake = mode.from_tensor(torch.rand(3, 5, 4), symbolic_context=policy)
     rows, columns = fake.shape[0], fake.shape[1]
     assert isinstance(rows, torch.SymInt) and isinstance(columns, torch.SymInt)
-    one = compat.with_sizes(fake, {rows.node.expr: 1})
+    one = with_sizes(fake, {rows.node.expr: 1})
     assert one.shape[0] == 1 and isinstance(one.shape[0], int) and isinstance(one.shape[1], torch.SymInt)
-    both = compat.with_sizes(fake, {rows.node.expr: 1, columns.node.expr: 2})
+    both = with_sizes(fake, {rows.node.expr: 1, columns.node.expr: 2})
     assert tuple(both.shape) == (1, 2, 4) and both.stride() == (8, 4, 1) and both.dtype == fake.dtype
 
 
@@ -250,11 +251,11 @@ def test_a_length_of_its_own() -> None:
     policy = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC])
     fake = mode.from_tensor(torch.rand(3, 5) > 0, symbolic_context=policy)
     before = fake.shape[1]
-    first, second = (compat.of_shorter_length(fake).shape[1] for _ in range(2))
+    first, second = (of_shorter_length(fake).shape[1] for _ in range(2))
     assert isinstance(first, torch.SymInt) and isinstance(second, torch.SymInt) and isinstance(before, torch.SymInt)
     assert len({n.node.expr for n in (before, first, second)}) == 3
     assert first.node.hint == second.node.hint == 4
-    assert compat.of_shorter_length(fake).dtype == torch.bool and compat.of_shorter_length(fake).shape[0] == 3
+    assert of_shorter_length(fake).dtype == torch.bool and of_shorter_length(fake).shape[0] == 3
 
 
 def test_sizes_that_no_dim_gives_get_a_symbol() -> None:
@@ -264,15 +265,15 @@ def test_sizes_that_no_dim_gives_get_a_symbol() -> None:
     whole = mode.from_tensor(torch.rand(12, 4), symbolic_context=policy)
     with mode:
         quarter, turned = whole.new_empty(whole.shape[0] // 4, 16), whole.new_empty(16, whole.shape[0] // 4)
-    one, other = compat.with_own_sizes([quarter, turned])
+    one, other = with_own_sizes([quarter, turned])
     (length,) = {tensor.shape[dim].node.expr for tensor, dim in ((one, 0), (other, 1))}  # type: ignore[union-attr]
     assert length.is_Symbol and other.stride()[0].node.expr == length  # type: ignore[attr-defined]
     assert length != whole.shape[0].node.expr and one.shape[0].node.hint == 3  # type: ignore[attr-defined]
     with mode:
         halves = whole.new_empty(2, (whole.shape[0] - 1) // 2 + 1, 8)
-    (kept_open,) = compat.with_own_sizes([halves])
+    (kept_open,) = with_own_sizes([halves])
     size = kept_open.shape[1].node.expr  # type: ignore[attr-defined]
     assert size.is_Symbol and kept_open.stride()[0].node.expr == 8 * size  # type: ignore[attr-defined]
-    kept = compat.with_own_sizes([whole, quarter])
+    kept = with_own_sizes([whole, quarter])
     assert kept[0] is whole and kept[1] is quarter
-    assert compat.with_own_sizes([quarter, whole])[0].shape[0].node.expr.is_Symbol  # type: ignore[attr-defined]
+    assert with_own_sizes([quarter, whole])[0].shape[0].node.expr.is_Symbol  # type: ignore[attr-defined]
