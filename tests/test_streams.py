@@ -29,7 +29,7 @@ def _run(model: PreTrainedModel, requests: list[dict[str, Any]]) -> list[torch.T
                 "output_logits": True,
                 "return_dict_in_generate": True,
             }
-            made = generate(**generation_inputs(model, inputs, NEW), **kind, **asked, return_dict_in_generate=True)
+            made = generate(**generation_inputs(model, inputs, NEW), **kind, **asked)
             assert len(made.logits) == NEW
             out.append(torch.stack(made.logits))
     return out
