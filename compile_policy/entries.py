@@ -126,7 +126,10 @@ class Entries:
         self._check_budget()
         self._announce(call)
         why: NotCompilable | None = None
+        unfit: Entry | None = None
         for example, labels in self._examples(call):
+            if unfit is not None:
+                self._announce_another(unfit, call)
             try:
                 entry = self._build(call, example, labels)
             except ExampleUnfit as reason:
@@ -136,7 +139,7 @@ class Entries:
                 place.save(entry, labels)
             if entry.graph.accepts(call.leaves):
                 return entry
-            # Kept for the sizes it holds for, but never run for this call.
+            unfit = entry  # kept for the sizes it holds for, but never run for this call
             failing = "; ".join(entry.graph.accepts.failing(call.leaves)[:3])
             why = NotCompilable(f"the graph does not hold for these sizes: {failing}")
         assert why is not None
@@ -219,8 +222,11 @@ class Entries:
         emit("compile_start", self.name, "compiling", paths=list(call.paths))
         known = [e for found in self.entries.values() for e in found]
         if known:
-            difference = self.difference(known[-1], call)
-            emit("new_entry", self.name, f"another graph is needed: {difference}", difference=difference)
+            self._announce_another(known[-1], call)
+
+    def _announce_another(self, known: Entry, call: Call) -> None:
+        difference = self.difference(known, call)
+        emit("new_entry", self.name, f"another graph is needed: {difference}", difference=difference)
 
     def difference(self, entry: Entry, call: Call) -> str:
         """What made another graph necessary, in words."""

@@ -656,3 +656,22 @@ def test_a_hook_that_notes_something_notes_it_once_a_call() -> None:
         ours(torch.rand(2, 4))
     assert len(noted) == 3
     assert (ours.graphs, ours.eager_calls, ours.fallback) == (0, 3, "inner has a hook")
+
+
+class Alone(nn.Module):
+    """Does something else for a single row."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.shape[0] != 1 else x + 1
+
+
+def test_a_first_call_that_needs_two_graphs_says_why() -> None:
+    """The graph of the general example does not hold for one row: the second one comes with the condition."""
+    ours = Region(Alone(), role="t", binder=SignatureBinder({"x": {0: None}}), options=RegionOptions("eager"))
+    heard: list[events.Event] = []
+    with events.listening(heard.append):
+        x = torch.rand(1, 4)
+        assert torch.equal(ours(x), x + 1) and ours.graphs == 2
+        assert torch.equal(ours(torch.ones(3, 4)), torch.full((3, 4), 2.0)) and ours.graphs == 2
+    (told,) = [e.data["difference"] for e in heard if e.kind == "new_entry"]
+    assert told.startswith("sizes: ") and "!= 1" in told
