@@ -12,14 +12,13 @@ that the decoder runs eager. Nothing of Transformers is changed. Drop this once 
 
 from __future__ import annotations
 
-import types
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from compile_policy_transformers.known_code import fingerprint
+from compile_policy_transformers.swapped import swapped
 
 #: Fingerprint of the code that the twin stands for.
 _FORWARD = "9850b0482cf4bdb3"
@@ -31,16 +30,9 @@ def asking_layers(decoder: torch.nn.Module) -> list[torch.nn.Module]:
     return [m for m in own if fingerprint(type(m).forward) == _FORWARD]
 
 
-@contextmanager
-def attending(layers: list[torch.nn.Module]) -> Iterator[None]:
+def attending(layers: list[torch.nn.Module]) -> AbstractContextManager[None]:
     """Let these layers attend in a trace whatever their masks hold."""
-    for layer in layers:
-        vars(layer)["forward"] = types.MethodType(_forward, layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del vars(layer)["forward"]
+    return swapped(layers, _forward)
 
 
 def _forward(

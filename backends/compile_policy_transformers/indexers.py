@@ -14,14 +14,13 @@ this once the stock indexer traces to one graph.
 from __future__ import annotations
 
 import math
-import types
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from compile_policy_transformers.known_code import fingerprint
+from compile_policy_transformers.swapped import swapped
 
 #: Fingerprints of the code that the twin stands for.
 _FORWARD = "da179aa44d6b694c"
@@ -137,16 +136,9 @@ def selecting_indexers(decoder: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in decoder.modules() if _is_known(module)]
 
 
-@contextmanager
-def selecting(indexers: list[torch.nn.Module]) -> Iterator[None]:
+def selecting(indexers: list[torch.nn.Module]) -> AbstractContextManager[None]:
     """Let these indexers choose by one operator in a trace."""
-    for indexer in indexers:
-        vars(indexer)["forward"] = types.MethodType(_forward, indexer)
-    try:
-        yield
-    finally:
-        for indexer in indexers:
-            del vars(indexer)["forward"]
+    return swapped(indexers, _forward)
 
 
 def _is_known(module: Any) -> bool:

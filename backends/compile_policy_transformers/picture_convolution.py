@@ -12,15 +12,14 @@ eager. Nothing of Transformers is changed. Drop this once the stock layers take 
 
 from __future__ import annotations
 
-import types
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from compile_policy_transformers.known_code import fingerprint
+from compile_policy_transformers.swapped import swapped
 
 _FORWARD = "263f7b1ae3ffa93d"
 
@@ -66,17 +65,9 @@ def _forward(self: Any, hidden_states: torch.Tensor, grid_thw: Any, **kwargs: An
     return out
 
 
-@contextmanager
-def convolving(layers: torch.nn.Module) -> Iterator[None]:
+def convolving(layers: torch.nn.Module) -> AbstractContextManager[None]:
     """Let the known convolutions in ``layers`` run as one operator in a trace."""
-    known = [module for module in layers.modules() if _is_known(module)]
-    for module in known:
-        vars(module)["forward"] = types.MethodType(_forward, module)
-    try:
-        yield
-    finally:
-        for module in known:
-            del vars(module)["forward"]
+    return swapped([module for module in layers.modules() if _is_known(module)], _forward)
 
 
 def _is_known(module: Any) -> bool:
