@@ -236,6 +236,16 @@ def test_the_whole_page_is_true() -> None:
     assert main(["matrix", "--check", str(PAGE)]) == 0
 
 
+@pytest.mark.parametrize("wish", ["--check", "--out"])
+def test_a_page_that_cannot_be_is_refused_at_once(
+    wish: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line and exit code 2, before anything is measured."""
+    monkeypatch.setattr("compile_policy.cli.matrix._measured", lambda *args: pytest.fail("measured"))
+    assert main(["matrix", "llama", wish, str(tmp_path / "none" / "page.md")]) == 2
+    assert "error: no " in capsys.readouterr().err
+
+
 def test_an_unknown_architecture(capsys: pytest.CaptureFixture[str]) -> None:
     """One line, exit code 2."""
     assert main(["matrix", "llamma"]) == 2

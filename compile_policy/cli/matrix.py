@@ -47,6 +47,10 @@ def matrix(
     """
     session: Session = context.obj
     wanted = _wanted(session, types)
+    if check is not None and not check.is_file():  # said now, not after the measurement
+        raise InputError(f"no page {check}.", remedy=f"Make it: compile-policy matrix --out {check}")
+    if out is not None and not out.parent.is_dir():
+        raise InputError(f"no folder {out.parent} for {out.name}.", remedy="Make it first.")
     if here:
         measure = _module(session).measure
         rows = [measure(name).to_dict() for name in wanted]
@@ -144,8 +148,6 @@ def _checked(terminal: Terminal, path: Path, rows: Sequence[Row], whole: bool) -
 
     With all architectures (``whole``) the rest of the page counts too: versions, totals, architectures that are gone.
     """
-    if not path.exists():
-        raise InputError(f"no page {path}", remedy=f"Make it: compile-policy matrix --out {path}")
     text = path.read_text(encoding="utf-8")
     stale = 0
     for row in rows:
