@@ -28,8 +28,7 @@ from compile_policy import compat
 _epoch = 0
 _lock = threading.RLock()
 compat.renew_after_fork(_lock)
-_attached: dict[int, tuple[weakref.ref[Any], weakref.ref[torch.nn.Module]]] = {}
-_watched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+_attached: dict[int, tuple[weakref.ref[Any], weakref.WeakSet[torch.nn.Module]]] = {}
 _handles: list[Any] = []
 
 
@@ -40,10 +39,9 @@ def structure_epoch() -> int:
 
 def watch(owner: Any, module: torch.nn.Module) -> None:
     """Watch ``module`` and everything below it until `unwatch`, or until ``owner`` or the module is gone."""
+    key = id(owner)
     with _lock:
-        key = id(owner)
-        _attached[key] = (weakref.ref(owner, lambda _: _forget(key)), weakref.ref(module))
-        _watched.update(module.modules())
+        _attached[key] = (weakref.ref(owner, lambda _: _forget(key)), weakref.WeakSet(module.modules()))
         _install()
 
 
@@ -53,15 +51,10 @@ def unwatch(owner: Any) -> None:
 
 
 def _forget(key: int) -> None:
+    # The collector calls this as well, at any allocation of a thread that may be in here already: it takes one key away
+    # and goes through nothing.
     with _lock:
-        if _attached.pop(key, None) is None:
-            return
-        _watched.clear()
-        for _, of in _attached.values():
-            module = of()
-            if module is not None:
-                _watched.update(module.modules())
-        if not _attached:
+        if _attached.pop(key, None) is not None and not _attached:
             _uninstall()
 
 
@@ -102,7 +95,9 @@ def _registered(module: torch.nn.Module, name: str, what: Any) -> None:
     global _epoch
     if torch.compiler.is_dynamo_compiling():  # somebody else's compile; nothing is registered by tracing
         return
-    if module in _watched:
+    holding = [watched for _, watched in [*_attached.values()] if module in watched]
+    if holding:
         _epoch += 1
         if isinstance(what, torch.nn.Module):
-            _watched.update(what.modules())
+            for watched in holding:
+                watched.update(what.modules())

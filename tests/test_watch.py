@@ -58,7 +58,6 @@ def hooks_as_before() -> Iterator[None]:
     gc.collect()
     yield
     watch._attached.clear()
-    watch._watched.clear()
     watch._uninstall()
 
 
@@ -176,6 +175,44 @@ def test_hooks_are_there_only_while_a_region_is() -> None:
     del second, watched
     gc.collect()
     assert hooks() == 0
+
+
+def test_the_collector_may_come_in_between() -> None:
+    """Regions that nobody detached are collected while another is attached, looked at or taken off."""
+
+    class Collecting(Model):
+        def modules(self, *args: Any) -> Iterator[nn.Module]:
+            gc.collect()
+            return super().modules(*args)
+
+        def __hash__(self) -> int:
+            gc.collect()
+            return super().__hash__()
+
+    def left_behind() -> None:
+        lost = region(Model())
+        lost.attach()
+        lost.itself = lost  # type: ignore[attr-defined]
+
+    gc.disable()
+    try:
+        for _ in range(3):
+            kept, taken_off = region(Collecting()), region(Collecting())
+            left_behind()
+            kept.attach()
+            left_behind()
+            taken_off.attach()
+            left_behind()
+            taken_off.detach()
+            epoch = structure_epoch()
+            left_behind()
+            kept.module.linear = nn.Identity()
+            assert structure_epoch() == epoch + 1
+            kept.detach()
+    finally:
+        gc.enable()
+    gc.collect()
+    assert hooks() == 0 and not watch._attached
 
 
 def test_importing_installs_nothing() -> None:
