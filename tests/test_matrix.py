@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from compile_policy.cli.matrix import versions
 from compile_policy.cli.matrix_page import lines_about, page, reasons, row_lines, table, totals
 from compile_policy_transformers import matrix
 from compile_policy_transformers.matrix import (
+    KINDS,
     NEW_TOKENS,
     TOLERANCE,
     _attempt,
@@ -247,9 +249,18 @@ def test_a_page_that_cannot_be_is_refused_at_once(
 
 
 def test_an_unknown_architecture(capsys: pytest.CaptureFixture[str]) -> None:
-    """One line, exit code 2."""
-    assert main(["matrix", "llamma"]) == 2
-    assert "no architecture 'llamma'" in capsys.readouterr().err
+    """Exit code 2, before anything is measured, with what may have been meant."""
+    assert main(["matrix", "llama", "llamma"]) == 2
+    said = capsys.readouterr().err
+    assert "No architecture 'llamma'." in said and "Did you mean llama" in said
+
+
+def test_an_architecture_that_is_not_in_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    """Any that Transformers can generate with is measured by its name."""
+    assert "stablelm" not in matrix_types()
+    assert main(["matrix", "stablelm", "--here", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["decoder"][kind]["state"] for kind in KINDS] == ["ok"] * 3
 
 
 @pytest.mark.slow

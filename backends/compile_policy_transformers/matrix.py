@@ -30,6 +30,7 @@ from compile_policy_transformers import compat
 from compile_policy_transformers.components import answering
 from compile_policy_transformers.matrix_requests import altered, prompts_of
 from compile_policy_transformers.tiny import generation_inputs, tiny_model
+from compile_policy_transformers.tiny import known_model_types as known_model_types
 from compile_policy_transformers.tiny.videos import VIDEOS
 
 KINDS = ("none", "dynamic", "static")

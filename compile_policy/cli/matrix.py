@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.metadata
 import json
@@ -22,7 +23,8 @@ from compile_policy.cli.terminal import Terminal
 from compile_policy.errors import InputError
 
 Row = dict[str, Any]
-Types = Annotated[list[str] | None, typer.Argument(metavar="[TYPES]...", help="Architectures; all when left out.")]
+_TYPES = "Architectures, any that generates text; those of docs/models.md when left out."
+Types = Annotated[list[str] | None, typer.Argument(metavar="[TYPES]...", help=_TYPES)]
 Out = Annotated[Path | None, typer.Option("--out", help="Write the page here, such as docs/models.md.")]
 Check = Annotated[Path | None, typer.Option("--check", help="Fail where this page differs from what is measured.")]
 Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Architectures measured at once.")]
@@ -80,13 +82,17 @@ def _module(session: Session) -> Any:
 
 
 def _wanted(session: Session, types: list[str] | None) -> list[str]:
-    known = _module(session).matrix_types()
-    unknown = sorted(set(types or ()) - set(known))
-    if unknown:
-        raise InputError(
-            f"no architecture {unknown[0]!r}", remedy="compile-policy matrix --help; names are model types."
-        )
-    return sorted(set(types)) if types else known
+    """Those of the table; by name any that can be built."""
+    module = _module(session)
+    if not types:
+        return list(module.matrix_types())
+    known = module.known_model_types()
+    for name in types:
+        if name not in known:
+            near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.5))
+            remedy = f"Did you mean {near}?" if near else "Names are Transformers' model types, such as qwen2_5_vl."
+            raise InputError(f"No architecture {name!r}.", remedy=remedy)
+    return sorted(set(types))
 
 
 def _measured(terminal: Terminal, types: Sequence[str], jobs: int, timeout: float) -> Iterator[Row]:
