@@ -16,6 +16,7 @@ import torch
 from torch.utils._sympy.printers import PythonPrinter
 
 from compile_policy.compat import guard_origin, leaf_dim_of_source, symbol_sources
+from compile_policy.expands import expands_where_it_differs
 
 # Relations that say nothing about the program's result. Keep this list short; each line says why.
 _IGNORABLE_ORIGINS = (
@@ -142,7 +143,7 @@ def _ignorable(guard: Any) -> bool:
     if not isinstance(guard.expr, sympy.Ne):
         return False
     asked = origin.strip()
-    if _MULTIPLIES.search(asked):
+    if _MULTIPLIES.search(asked) or expands_where_it_differs(asked):
         return True
     return sympy.Integer(1) in guard.expr.args and bool(_ASKS_FOR_COPY.search(asked) or _ASSIGNS.search(asked))
 
