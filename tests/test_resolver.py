@@ -204,7 +204,6 @@ def test_wrapped_by_peft() -> None:
     assert {f.role for f in found} == {"decoder", "encoder[image]", "head", "projector"}
 
 
-NEEDS_TIMM = {"gemma3n"}
 WITHOUT_ENCODER = {"chameleon", "emu3", "evolla", "fuyu", "gemma4_unified", "mistral4", "udop"}
 
 
@@ -212,8 +211,6 @@ WITHOUT_ENCODER = {"chameleon", "emu3", "evolla", "fuyu", "gemma4_unified", "mis
 @pytest.mark.parametrize("model_type", compat.model_class_names("IMAGE_TEXT_TO_TEXT"))
 def test_every_image_text_architecture(model_type: str) -> None:
     """Components are disjoint; decoder, head and image encoder are called when text and a picture come in."""
-    if model_type in NEEDS_TIMM:
-        pytest.importorskip("timm")
     model = tiny_model(model_type)
     found = find_components(model)
     _assert_disjoint(found)
@@ -231,8 +228,6 @@ def test_every_image_text_architecture(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", compat.model_class_names("MULTIMODAL_LM"))
 def test_every_omni_architecture(model_type: str) -> None:
     """One decoder that stands by itself, and components that are disjoint."""
-    if model_type in NEEDS_TIMM:
-        pytest.importorskip("timm")
     found = find_components(_meta(model_type))
     _assert_disjoint(found)
     assert len([f for f in found if f.role == "decoder"]) == 1

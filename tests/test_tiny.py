@@ -160,7 +160,6 @@ MORE_TEXT = (
     *("mistral", "qwen2", "gemma", "phi3", "olmo2", "cohere2", "granite", "gpt2", "opt", "smollm3", "glm4", "falcon"),
     *("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "mamba", "mamba2", "jamba", "qwen3_next", "lfm2"),
 )
-NEEDS_TIMM = {"gemma3n"}  # its vision tower is a timm model, and the wrapper raises ImportError without timm
 SOUND_ONLY = {"kyutai_speech_to_text", "voxtral_realtime"}  # forward takes no text without sound
 NO_FORWARD = {"qwen2_5_omni", "qwen3_omni_moe"}  # an omni model as a whole only generates; its thinker is listed too
 
@@ -173,8 +172,6 @@ def _takes_pictures(model: PreTrainedModel) -> bool:
 @pytest.mark.parametrize("model_type", IMAGE_TEXT)
 def test_every_image_text_architecture_runs(model_type: str) -> None:
     """It builds, is sensitive to the picture, and generates four tokens from pictures and padded text."""
-    if model_type in NEEDS_TIMM:
-        pytest.importorskip("timm")
     model = tiny_model(model_type)
     pictures = PICTURES if _takes_pictures(model) else []
     inputs = tiny_inputs(model, text_len=14, images=pictures, batch=2)

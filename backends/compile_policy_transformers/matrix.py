@@ -31,6 +31,7 @@ from compile_policy_transformers.components import answering
 from compile_policy_transformers.matrix_requests import altered, prompts_of
 from compile_policy_transformers.tiny import generation_inputs, tiny_model
 from compile_policy_transformers.tiny import known_model_types as known_model_types
+from compile_policy_transformers.tiny.overrides import FROM_TIMM
 from compile_policy_transformers.tiny.videos import VIDEOS
 
 KINDS = ("none", "dynamic", "static")
@@ -94,6 +95,7 @@ class Row:
         control: difference that an ignored padding mask, a blank picture or video, or silence makes: the comparison
             would notice it.
         videos: requests with a video.
+        stand_in: another image tower is in the place of the architecture's own, which another package has.
     """
 
     model_type: str
@@ -104,6 +106,7 @@ class Row:
     control: float = 0.0
     obstacle: str = ""
     videos: int = 0
+    stand_in: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -131,6 +134,7 @@ def measure(model_type: str) -> Row:
             encoders,
             _control(model, prompts),
             videos=sum(VIDEOS in prompt for prompt in prompts),
+            stand_in=model_type in FROM_TIMM,
         )
 
 

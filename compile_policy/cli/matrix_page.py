@@ -98,9 +98,9 @@ def totals(rows: Sequence[Row]) -> list[tuple[str, int, int, list[str]]]:
     return out
 
 
-def watching(rows: Sequence[Row]) -> list[str]:
-    """The architectures that were given a video."""
-    return [str(row["model_type"]) for row in rows if row.get("videos")]
+def _those_with(rows: Sequence[Row], field: str) -> str:
+    names = [str(row["model_type"]) for row in rows if row.get(field)]
+    return f"{len(names)}: {', '.join(names) or '-'}."
 
 
 def table(rows: Sequence[Row]) -> Group:
@@ -160,7 +160,9 @@ def page(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
                 for what, good, total, rest in sums
             ),
             "",
-            f"Given videos too, {len(watching(rows))}: {', '.join(watching(rows)) or '-'}.",
+            f"Given videos too, {_those_with(rows, 'videos')}",
+            "",
+            f"With an image tower of Transformers' in place of timm's, {_those_with(rows, 'stand_in')}",
             "",
             *_LEGEND.splitlines(),
             "",

@@ -16,7 +16,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 
 from .. import compat
 from ..components import TASKS, answering
-from .overrides import FILL_IN, OVERRIDES
+from .overrides import FILL_IN, OVERRIDES, STAND_INS
 from .shrink import FIRST_SPECIAL_ID, VOCAB, shrink
 
 GAIN = 1.5  # q and k of unit-variance inputs then give attention scores of deviation about 2: decided, not one-hot
@@ -87,7 +87,10 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
                 _set_mrope_sections(one)
     for path, value in OVERRIDES.get(model_type, {}).items():
         _assign(values, path, value)
-    return type(default).from_dict(values)
+    config: PreTrainedConfig = type(default).from_dict(values)
+    for name, stand_in in STAND_INS.get(model_type, {}).items():
+        vars(config)[name] = AutoConfig.for_model(**stand_in)  # past the check of the field's class
+    return config
 
 
 def _modeling_modules(cls: Any, config: PreTrainedConfig) -> list[ModuleType]:

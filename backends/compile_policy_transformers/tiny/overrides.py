@@ -18,9 +18,17 @@ FILL_IN: dict[str, dict[str, Any]] = {
     "gemma4": {"vision_config": {}, "audio_config": {}},
     "gemma4_unified": {"vision_config": {}, "audio_config": {}},
     "diffusion_gemma": {"vision_config": {}},
-    # Their towers come from timm, in fixed sizes; a tower with outputs of the same form stands in.
+    # see FROM_TIMM
     "fast_vlm": {"vision_config": _CONVOLUTIONAL},
     "perception_lm": {"vision_config": {"model_type": "clip_vision_model", "model_args": {"embed_dim": 64}}},
+}
+
+# Their towers are those of the package timm, in fixed sizes; a tower with outputs of the same form stands in.
+FROM_TIMM = ("fast_vlm", "gemma3n", "perception_lm")
+
+# As above, for a configuration that takes one class of tower only, so that it is put in afterwards.
+STAND_INS: dict[str, dict[str, dict[str, Any]]] = {
+    "gemma3n": {"vision_config": {**_CONVOLUTIONAL, "rms_norm_eps": 1e-6, "vocab_offset": 300, "vocab_size": 10}},
 }
 
 _GEMMA3 = {"mm_tokens_per_image": 4}  # 4x4 patches pooled to 2x2 tokens
@@ -34,6 +42,14 @@ _MINICPM = {
 }
 _GRANITE_SPEECH = {"encoder_config.context_size": 12}  # several blocks in a short piece of sound
 _OMNI = {"vision_start_token_id": 312, "vision_end_token_id": 313}
+
+_GEMMA3N = {  # the last two layers attend over the keys of the first two
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "intermediate_size": [96] * 4,
+    "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+    "num_kv_shared_layers": 2,
+}
 
 # Dotted path below the shrunk configuration: value.
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -77,6 +93,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "vq_config.channel_multiplier": [1, 1],
         "vq_config.num_res_blocks": 1,
     },
+    "gemma3n": {
+        "vision_soft_tokens_per_image": 64,
+        "audio_soft_tokens_per_image": 24,
+        # pictures and sounds have ids of their own at the end of the vocabulary
+        "eoi_token_id": 300,
+        "image_token_id": 301,
+        "eoa_token_id": 310,
+        "audio_token_id": 311,
+        "audio_config.vocab_offset": 310,
+        "audio_config.vocab_size": 10,
+        **{f"text_config.{k}": v for k, v in _GEMMA3N.items()},
+    },
+    "gemma3n_text": _GEMMA3N,
     "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [3, 3, 2]},  # height and width are interleaved
     "glmasr": {"audio_config.intermediate_size": 256},  # four frames of the tower's width become one token
     "granite_speech": _GRANITE_SPEECH,

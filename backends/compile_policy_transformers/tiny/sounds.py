@@ -84,7 +84,8 @@ def make_sounds(model: PreTrainedModel, frames: Sequence[int], batch: int, gener
         raise ValueError(f"{type(model).__name__} takes no sound.")
     form = _FORMS.get(model.config.model_type, Form())
     lengths = [_rounded(form, config, n) for n in frames]
-    tokens = [_count(model, form, argument, n) for n in lengths]
+    same = first(model.config, "audio_soft_tokens_per_image")  # of a model that pads the features of every piece
+    tokens = [_count(model, form, argument, n) if same is None else int(same) for n in lengths]
     tensors = _tensors(model, form, argument, lengths * batch, tokens * batch, generator)
     pieces = [_with_markers(model.config, token_id, n) for n in tokens]
     return Images(tensors, pieces, token_id, kind=3)
@@ -143,7 +144,7 @@ def _lengths_mask(lengths: list[int]) -> torch.Tensor:
 
 
 def _is_bool(model: PreTrainedModel, name: str) -> bool:
-    return model.config.model_type in ("gemma4", "gemma4_unified", "phi4_multimodal", "vibevoice_asr")
+    return model.config.model_type in ("gemma3n", "gemma4", "gemma4_unified", "phi4_multimodal", "vibevoice_asr")
 
 
 def _bins(config: Any) -> int:
