@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 import torch
 
 from compile_policy.config import CompilationConfig
-from compile_policy.errors import PolicyError
+from compile_policy.errors import PolicyError, first_line
 from compile_policy.plan import Plan
 
 GROUP = "compile_policy.backends"
@@ -45,14 +45,17 @@ def find_backend(name: str = "transformers") -> Backend:
     """Import a backend.
 
     Raises:
-        PolicyError: no backend of this name, or its library is not installed.
+        PolicyError: no backend of this name, or it cannot be imported: its library is not installed, or fails itself.
     """
     names = backend_names()
     if name not in names:
         raise PolicyError(f"No backend {name!r} is installed.", remedy=f"There are: {', '.join(sorted(names))}.")
     try:
         return cast(Backend, importlib.import_module(names[name]))
-    except ModuleNotFoundError as error:
-        raise PolicyError(
-            f"The backend {name!r} needs {error.name}, which is not installed.", remedy=f"pip install {error.name}"
-        ) from error
+    except ImportError as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is None:  # a library is there, and one of its own cannot be loaded
+            said = f"The backend {name!r} cannot be imported: {first_line(error)}."
+            raise PolicyError(said, remedy=f"python -c 'import {names[name]}' shows where it fails.") from error
+        said = f"The backend {name!r} needs {missing}, which is not installed."
+        raise PolicyError(said, remedy=f"pip install {missing}") from error
