@@ -49,10 +49,14 @@ def decoder_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
 def additive_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> torch.Tensor | None:
     """`decoder_mask` as numbers to add to the scores: 0, and the lowest of ``dtype`` where attention is closed."""
     mask = decoder_mask(*args, **kwargs)
-    if mask is None:
-        return None
-    zero = torch.zeros((), dtype=dtype, device=mask.device)
-    return torch.where(mask, zero, torch.finfo(dtype).min)
+    return None if mask is None else added(mask, dtype)
+
+
+def added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as numbers to add to the scores: 0, and the lowest of ``dtype``; any other mask as it is."""
+    if mask.dtype is not torch.bool:
+        return mask
+    return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), torch.finfo(dtype).min)
 
 
 def causal_where_open(*args: Any, **kwargs: Any) -> torch.Tensor:

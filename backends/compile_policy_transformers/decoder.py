@@ -281,6 +281,8 @@ class DecoderBinder:
                 given = padding_of(given, cache).to(self.rule.padding_dtype)
             return padding_mask(given, embeds, cache, self.rule.padding_dtype)
         if isinstance(given, torch.Tensor) and given.dim() == 4:
+            if self.masks.implementation == attention.ADDITIVE:  # `generate` makes those of SDPA boolean
+                given = attention.added(given, embeds.dtype)
             return arranged(given, cache, sliding=all_sliding(cache))
         if isinstance(given, Mapping):
             if any(mask is None for mask in given.values()):

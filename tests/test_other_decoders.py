@@ -1,0 +1,25 @@
+"""Decoders beside those of docs/models.md, each for a trait that others may share: one graph, equal to eager."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from compile_policy_transformers.matrix import _cells
+from compile_policy_transformers.matrix_requests import prompts_of
+from compile_policy_transformers.tiny import tiny_model
+
+TRAITS = (
+    ("falcon", "static"),  # attention written out, and a prepared mask that is boolean
+)
+
+
+@pytest.mark.parametrize(("model_type", "cache"), TRAITS)
+def test_one_graph(model_type: str, cache: str) -> None:
+    model = tiny_model(model_type)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        cell = _cells(model, prompts_of(model), cache, {"decoder": ("decoder",)})["decoder"]
+    assert (cell.state, cell.graphs) == ("ok", 1), cell
