@@ -13,6 +13,8 @@ from compile_policy_transformers.tiny import tiny_model
 
 TRAITS = (
     ("falcon", "static"),  # attention written out, and a prepared mask that is boolean
+    ("biogpt", "none"),  # counts tokens, where its embedding of positions would count along the padding mask
+    ("opt", "none"),  # has such an embedding count
 )
 
 

@@ -13,15 +13,17 @@ from transformers.cache_utils import Cache
 class OwnPositions:
     """How one decoder numbers positions where that is not by counting tokens from 0.
 
-    Two kinds are known, told by the embedding of positions: one that counts along the padding mask (OPT), and
-    sinusoidal ones whose numbers begin behind that of the padding token (M2M-100).
+    Two kinds are known, told by the embedding of positions: one that counts along the padding mask (OPT) unless the
+    decoder counts tokens first (BioGPT), and sinusoidal ones whose numbers begin behind that of the padding token
+    (M2M-100).
     """
 
     def __init__(self, decoder: torch.nn.Module) -> None:
         self.table: Any = getattr(decoder, "embed_positions", None)
         forward = getattr(self.table, "forward", None)
         names = list(inspect.signature(forward).parameters) if forward is not None else []
-        self.by_mask = names[:1] == ["attention_mask"] and "position_ids" in names
+        counts = "arange" in inspect.unwrap(type(decoder).forward).__code__.co_names
+        self.by_mask = names[:1] == ["attention_mask"] and "position_ids" in names and not counts
         self.by_token = hasattr(self.table, "create_position_ids_from_inputs_embeds") and "position_ids" in names
 
     def __bool__(self) -> bool:
