@@ -117,6 +117,8 @@ def build_entry(
         written = reference.written - call.mutable
         entry = Entry(call.description(), graph, output, reference.state_sizes, written)
         entry.max_error = reference.check(graph)
+        if call.mutable and torch.is_grad_enabled():
+            reference.check_gradients(graph)
     return entry
 
 

@@ -155,6 +155,24 @@ class Reference:
                 raise NotCompilable(f"the compiled graph differs from eager by {error:.2g}{random}")
         return worst
 
+    def check_gradients(self, graph: CompiledGraph) -> None:
+        """Try whether gradients go back through the graph, which may write into what they need.
+
+        Raises:
+            NotCompilable: they do not.
+        """
+        weights = [p for p in self.module.parameters() if p.requires_grad]
+        found = [t for t in graph.run(copies(self.example)) if t.requires_grad]
+        if not weights or not found:
+            return
+        try:
+            torch.autograd.grad([t.real.sum() for t in found], weights, allow_unused=True)
+        except RuntimeError as error:
+            raise NotCompilable(
+                "gradients do not go back through the graph, which writes its states in place",
+                remedy="Call it under torch.no_grad() where none are needed, else with use_cache=False.",
+            ) from error
+
 
 @contextmanager
 def preserved(module: torch.nn.Module) -> Iterator[None]:

@@ -194,6 +194,29 @@ def test_with_gradients_mixers_stay_as_they_are() -> None:
 # -- operators --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("model_type", "compiled"), [("qwen3_5", False), ("lfm2", True)])
+def test_gradients_come_out_as_eager_has_them(model_type: str, compiled: bool) -> None:
+    """A graph that overwrites states which its own gradients need is found out when it is made, with the remedy."""
+    model = tiny_model(model_type)
+    inputs = tiny_inputs(model, text_len=12)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(**inputs).logits.square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    want = gradients()
+    apply(model, CompilationConfig(backend="eager"))
+    got = gradients()
+    assert got.keys() == want.keys()
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, want[name])
+    (row,) = (c for c in report(model).components if c.role == "decoder")
+    assert bool(row.fallback) != compiled
+    if row.fallback:
+        assert "gradients do not go back" in row.fallback
+
+
 def _arguments(rule: str, tokens: int, dtype: torch.dtype = torch.float32) -> tuple[list[Any], list[Any]]:
     """Tensors with their sequence dim, or ``None``, and what follows the state."""
     torch.manual_seed(0)
