@@ -102,6 +102,14 @@ def test_a_head_inside_the_decoders_forward() -> None:
     _assert_disjoint(found)
 
 
+def test_a_head_that_is_called_decoder() -> None:
+    """``get_decoder`` of modernbert-decoder answers the output projection; the model below is the decoder."""
+    model = _meta("modernbert-decoder")
+    found = {f.role: f.qualname for f in find_components(model)}
+    assert model.get_decoder() is model.get_submodule("decoder")
+    assert (found["decoder"], found["head"]) == ("model", "decoder")
+
+
 def test_inseparable_decoder_says_why() -> None:
     """Where a tower is called among the layers themselves, the obstacle names it."""
     model = model_with(CallsAmong)

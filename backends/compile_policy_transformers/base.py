@@ -91,6 +91,8 @@ def _find_decoder(model: nn.Module, others: list[nn.Module]) -> Found | None:
     if rule is not None and rule.decoder:
         return Found("decoder", rule.decoder, model.get_submodule(rule.decoder))
     named = decoder_as_named(model)
+    if named is not None and not _holds_blocks(named, others):  # a head may be called "decoder" (modernbert-decoder)
+        named = getattr(model, "base_model", named)
     if named is None or qualname(model, named) is None:
         return None
     if any(holds(named, other) for other in others):  # a causal language model knows its own decoder
