@@ -47,16 +47,35 @@ class ShapeConditions:
 
     Attributes:
         lines: condition -> place of the model's line that assumed it, where that is known.
+        passed_over: relations that tracing relied on too, and that say nothing about the result. Tracing answers a
+            question only once: one that matters may have gone by what another said.
     """
 
-    def __init__(self, conditions: Sequence[str], lines: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, conditions: Sequence[str], lines: Mapping[str, str] | None = None, passed_over: Sequence[str] = ()
+    ) -> None:
         self.lines = lines or {}
         self.conditions = tuple(dict.fromkeys(conditions))
+        self.passed_over = tuple(r for r in dict.fromkeys(passed_over) if r not in self.conditions)
         self._test: Callable[[Sequence[Any]], bool] = eval(_source(self.conditions), dict(_FUNCTIONS))
+        self._as_traced: Callable[[Sequence[Any]], bool] = eval(_source(self.passed_over), dict(_FUNCTIONS))
         self._narrowed: dict[Any, Callable[[Sequence[Any]], bool]] = {}
 
     def __call__(self, leaves: Sequence[torch.Tensor]) -> bool:
         return bool(self._test([t.shape for t in leaves]))
+
+    def unlike(self, leaves: Sequence[torch.Tensor]) -> tuple[str, ...]:
+        """The relations passed over that do not hold for these: whether they matter is to be tried."""
+        if not self.passed_over:
+            return ()
+        shapes = [t.shape for t in leaves]
+        if self._as_traced(shapes):
+            return ()
+        return tuple(r for r in self.passed_over if not eval(_source((r,)), dict(_FUNCTIONS))(shapes))
+
+    def minding(self, relations: Sequence[str]) -> ShapeConditions:
+        """The same conditions, and these relations, which were passed over and matter."""
+        return ShapeConditions([*self.conditions, *relations], self.lines, self.passed_over)
 
     def narrowed(self, same: Mapping[int, int], varying: Collection[int]) -> Callable[[Sequence[Any]], bool]:
         """What is left to test when the conditions held for other shapes and only some leaves have changed since.
@@ -104,12 +123,16 @@ def conditions_of(
     places = [(f"s[{i}][{d}]", size) for i, shape in sorted(shapes.items()) for d, size in enumerate(shape)]
     names = _first_places(places, env, len(leaves))
     conditions = [c for place, size in places for c in _dim_condition(names, place, size)]
+    passed_over: list[str] = []
     lines: dict[str, str] = {}
     printer = _Printer(names)
     for guard in env.guards:
-        if not guard.expr.free_symbols or _ignorable(guard):
+        if not guard.expr.free_symbols:
             continue
         unknown = [s for s in guard.expr.free_symbols if s not in names]
+        if _ignorable(guard):
+            passed_over += [] if unknown else [f"({printer.doprint(guard.expr)})"]
+            continue
         if unknown:
             raise RuntimeError(f"the trace assumed {guard.expr}, and {unknown} is no size of an input")
         conditions.append(f"({printer.doprint(guard.expr)})")
@@ -120,7 +143,7 @@ def conditions_of(
         if size.free_symbols - names.keys():
             raise RuntimeError(f"the trace assumed that {size} is not 1, and it is no size of an input")
         conditions.append(f"({printer.doprint(size)} != 1)")
-    return ShapeConditions(conditions, lines)
+    return ShapeConditions(conditions, lines, passed_over)
 
 
 def _kept_by_squeeze(graph: torch.fx.Graph) -> Iterator[sympy.Expr]:

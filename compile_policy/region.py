@@ -97,9 +97,7 @@ class Region(Entries):
         try:
             form = None if self.forms is None else self.forms.form(args, kwargs)  # as given: binding fills lazy caches
             call = self._bind(args, kwargs)
-            entry = self.find(call) or self.obtain(call)
-            if form is not None:
-                self._prove(args, kwargs, entry, *form)
+            entry = self._proved(args, kwargs, call, form)
             if sampled:
                 self._compare(args, kwargs, entry)
             result = self._guarded(entry, call)
@@ -111,6 +109,26 @@ class Region(Entries):
                 self.steps.ran(self.module, kwargs, call, entry, (ambient, structure))
             return result
         return self._eager(why, call, self.module.forward, *args, **kwargs)
+
+    def _proved(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call, form: tuple[Hashable, Any] | None
+    ) -> Entry:
+        """The entry for a call, proved for its form, and for sizes for which tracing was told what does not hold."""
+        entry = self.find(call) or self.obtain(call)
+        unlike = entry.graph.accepts.unlike(call.leaves)
+        if not unlike:
+            if form is not None:
+                self._prove(args, kwargs, entry, *form)
+            return entry
+        kind, rows = form or (None, None)
+        try:
+            self._prove(args, kwargs, entry, (kind, unlike), rows)
+        except PassingObstacle:
+            if self.shelf is not None:  # where the entry would be found again as it is
+                raise
+            entry.graph.accepts = entry.graph.accepts.minding(unlike)
+            return self._proved(args, kwargs, call, form)
+        return entry
 
     def _prove(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry, form: Hashable, rows: torch.Tensor | None

@@ -197,6 +197,26 @@ def test_one_row_shares_the_graph_where_it_is_computed_alike(minds: bool) -> Non
     assert (region.graphs, region.eager_calls) == (2 if minds else 1, 0)
 
 
+class _AsksAgain(nn.Module):
+    """A product asks for a size of 1, which says nothing of the result; the branch behind it is then known already."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product = torch.matmul(x, x.transpose(-1, -2) @ x)
+        return -product if x.shape[1] != 1 else product
+
+
+def test_a_branch_that_a_harmless_question_decided() -> None:
+    """The first call of a size that the trace was told does not occur is compared with eager, and has its own graph."""
+    module = _AsksAgain()
+    binder = SignatureBinder({"x": {0: "batch", 1: "rows"}})
+    region = Region(module, role="m", binder=binder, options=RegionOptions(backend="eager"))
+    with torch.no_grad():
+        for batch, rows in ((2, 3), (2, 1), (1, 5), (1, 1), (4, 1)):
+            x = torch.randn(batch, rows, 4)
+            torch.testing.assert_close(region(x), module(x))
+    assert (region.graphs, region.eager_calls) == (2, 0)
+
+
 class _Squeezes(nn.Module):
     """Drops dims of size 1: the first, some, or any."""
 

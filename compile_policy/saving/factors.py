@@ -26,7 +26,7 @@ from compile_policy.saving.structure import OWN, first_places, structure
 from compile_policy.shapes import Labels, pattern
 
 #: Changes when files of an older form can no longer be read.
-FORMAT = 1
+FORMAT = 2
 _SHORT = 60
 
 

@@ -42,13 +42,14 @@ def to_files(entry: Entry, module: torch.nn.Module) -> dict[str, bytes]:
     if graph.program is None:
         raise Unsaveable(f"it is lowered at run time{f', {graph.why_jit}' if graph.why_jit else ''}")
     place_of = {id(t): place for place, t in reversed(tensor_places(module).items())}
-    check_conditions(graph.accepts.conditions)
+    check_conditions([*graph.accepts.conditions, *graph.accepts.passed_over])
     document = {
         "bound": [_bound(t, place_of) for t in graph.bound],
         "arguments": [_argument(a, place_of) for a in graph.arguments],
         "order": graph.order,
         "outputs": graph.outputs,
         "conditions": graph.accepts.conditions,
+        "passed_over": graph.accepts.passed_over,
         "program": graph.program.to_dict(),
         "packages": len(graph.program.packages),
         "result": {"tree": _dumped(entry.output.tree), "leaves": entry.output.leaves},
@@ -81,8 +82,8 @@ def from_files(files: Mapping[str, bytes], module: torch.nn.Module, call: Call) 
     readable = json.loads(zlib.decompress(files[READABLE]))
     places = tensor_places(module)
     bound = [_found(record, places) for record in document["bound"]]
-    check_conditions(document["conditions"])
-    accepts = ShapeConditions(document["conditions"])
+    check_conditions([*document["conditions"], *document["passed_over"]])
+    accepts = ShapeConditions(document["conditions"], passed_over=document["passed_over"])
     if not accepts(call.leaves):
         return None
     packages = [Package.load(files[_package(i)]) for i in range(document["packages"])]
