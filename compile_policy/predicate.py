@@ -37,6 +37,11 @@ _ASSIGNS = re.compile(r"^[\w.]+\[[^\]()]*\] = (\(|[\w.]+(\[[^\]()]*\])?)  # .* i
 # nn.Linear asks whether its input is contiguous, and multiplies folded or not: as in matmul, the same product. Code for
 # an input that is not holds for one that is.
 _MULTIPLIES = re.compile(r"^return F\.linear\(input, self\.weight, self\.bias\)  # .* in run_node\)", re.DOTALL)
+# Normalisation by the root mean square keeps the layout of its input where that is one with channels last, and asks for
+# sizes of 1 to tell: the same values in another order.
+_NORMALISES = re.compile(
+    r"^return torch\.rms_norm\(input, normalized_shape, weight, eps\)  # nn/functional\.py:\d+ in "
+)
 _LEAF = re.compile(r"\bs\[(\d+)\]")
 _LINE = re.compile(r"# (?!nn/)(?:\S*/)?(\w+\.py:\d+) in \w+")  # of the model, not of torch.nn
 _FUNCTIONS: dict[str, Any] = {"Max": max, "Min": min, "floor": lambda x: int(x // 1), "math": math}
@@ -163,12 +168,24 @@ def _ignorable(guard: Any) -> bool:
     origin = guard_origin(guard)
     if any(name in origin for name in _IGNORABLE_ORIGINS):
         return True
+    asked = origin.strip()
+    if _NORMALISES.search(asked) and _asks_for_one(guard.expr):
+        return True
     if not isinstance(guard.expr, sympy.Ne):
         return False
-    asked = origin.strip()
     if _MULTIPLIES.search(asked) or expands_where_it_differs(asked):
         return True
-    return sympy.Integer(1) in guard.expr.args and bool(_ASKS_FOR_COPY.search(asked) or _ASSIGNS.search(asked))
+    one = sympy.Integer(1) in guard.expr.args or _asks_for_one(guard.expr)
+    return one and bool(_ASKS_FOR_COPY.search(asked) or _ASSIGNS.search(asked))
+
+
+def _asks_for_one(relation: Any) -> bool:
+    """Whether all that a relation asks is that some size is not 1: ``16 * s != 16``, ``s > 1``."""
+    if not isinstance(relation, (sympy.Ne, sympy.StrictGreaterThan, sympy.StrictLessThan)):
+        return False
+    left = sympy.expand(relation.lhs - relation.rhs)
+    linear = (size for size in left.free_symbols if left.is_polynomial(size) and sympy.degree(left, size) == 1)
+    return any(sympy.expand(left.subs(size, 1)) == 0 for size in linear)
 
 
 def _first_places(places: Sequence[tuple[str, Any]], env: Any, n_leaves: int) -> dict[sympy.Symbol, str]:

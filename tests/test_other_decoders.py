@@ -15,6 +15,8 @@ TRAITS = (
     ("falcon", "static"),  # attention written out, and a prepared mask that is boolean
     ("biogpt", "none"),  # counts tokens, where its embedding of positions would count along the padding mask
     ("opt", "none"),  # has such an embedding count
+    ("gpt_neox_japanese", "dynamic"),  # a copy that asks whether 16 * s is 16
+    ("diffllama", "dynamic"),  # torch.rms_norm of four dims asks whether s is more than 1
 )
 
 

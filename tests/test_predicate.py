@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import nn
 
-from compile_policy.predicate import ShapeConditions
+from compile_policy.predicate import ShapeConditions, _asks_for_one
 from compile_policy.region import Region, RegionOptions, SignatureBinder
 
 
@@ -195,6 +197,49 @@ def test_one_row_shares_the_graph_where_it_is_computed_alike(minds: bool) -> Non
             x = torch.randn(rows, 4, 5)
             torch.testing.assert_close(region(x), module(x))
     assert (region.graphs, region.eager_calls) == (2 if minds else 1, 0)
+
+
+class _Heads(nn.Module):
+    """Puts heads beside one another and normalises each; ``minds``: another value where there is one row of them.
+
+    What matters is asked behind a product that has asked the same thing for its layout: Dynamo notes a relation once.
+    """
+
+    def __init__(self, minds: bool) -> None:
+        super().__init__()
+        self.minds = minds
+        self.norm = nn.RMSNorm(4, eps=1e-6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = torch.matmul(x, x.transpose(-1, -2) @ x)
+        if self.minds and 4 * x.shape[2] != 4:
+            heads = -heads
+        heads = heads.permute(0, 2, 1, 3).contiguous()
+        return self.norm(heads - heads.mean(2, keepdim=True)).flatten(2)
+
+
+@pytest.mark.parametrize("minds", [False, True])
+def test_questions_of_layout_are_no_branches(minds: bool) -> None:
+    """A copy and a normalisation ask for sizes of 1 in ways of their own (4 * s != 4, s > 1), for the layout alone."""
+    module = _Heads(minds)
+    binder = SignatureBinder({"x": {0: "batch", 2: "rows"}})
+    region = Region(module, role="m", binder=binder, options=RegionOptions(backend="eager"))
+    with torch.no_grad():
+        for batch, rows in ((2, 3), (2, 1), (1, 5), (1, 1)):
+            x = torch.randn(batch, 3, rows, 4)
+            torch.testing.assert_close(region(x), module(x))
+    assert (region.graphs, region.eager_calls) == (2 if minds else 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("relation", "asks"),
+    [("16*s != 16", True), ("s > 1", True), ("1 < s*t", False), ("s + t != 1", False), ("s > 8", False)],
+)
+def test_what_asks_for_a_size_of_one(relation: str, asks: bool) -> None:
+    left, sign, right = re.split(r" (!=|>|<) ", relation)
+    made = {"!=": sympy.Ne, ">": sympy.Gt, "<": sympy.Lt}[sign]
+    names = {name: sympy.Symbol(name, positive=True, integer=True) for name in "st"}
+    assert _asks_for_one(made(sympy.sympify(left, names), sympy.sympify(right, names))) is asks
 
 
 class _AsksAgain(nn.Module):
