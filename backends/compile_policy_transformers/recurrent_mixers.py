@@ -100,7 +100,9 @@ class RecurrentDecoder:
         self.cache_name = "cache_params" if "cache_params" in known else "past_key_values"
         names = getattr(getattr(inspect.unwrap(type(decoder).forward), "__code__", None), "co_names", ())
         recurrent = "create_recurrent_attention_mask" in names
-        self.alone = recurrent and "create_causal_mask" not in names and "dict" not in names
+        kinds = set(getattr(getattr(decoder, "config", None), "layer_types", None) or ())
+        alone = recurrent or bool(kinds) and kinds <= {*RECURRENT}  # one that makes no mask hands on what it is given
+        self.alone = alone and "create_causal_mask" not in names and "dict" not in names
         self.make_masks = (_own_masks(decoder) if recurrent else None) or create_masks_for_generate
 
     def name_cache(self, values: dict[str, Any]) -> None:
