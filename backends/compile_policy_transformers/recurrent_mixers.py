@@ -101,8 +101,8 @@ class RecurrentDecoder:
         names = getattr(getattr(inspect.unwrap(type(decoder).forward), "__code__", None), "co_names", ())
         recurrent = "create_recurrent_attention_mask" in names
         kinds = set(getattr(getattr(decoder, "config", None), "layer_types", None) or ())
-        alone = recurrent or bool(kinds) and kinds <= {*RECURRENT}  # one that makes no mask hands on what it is given
-        self.alone = alone and "create_causal_mask" not in names and "dict" not in names
+        alone = recurrent or (kinds and kinds <= {*RECURRENT})  # one that makes no mask hands on what it is given
+        self.alone = bool(alone) and "create_causal_mask" not in names and "dict" not in names
         self.make_masks = (_own_masks(decoder) if recurrent else None) or create_masks_for_generate
 
     def name_cache(self, values: dict[str, Any]) -> None:
