@@ -88,5 +88,5 @@ _BY_ARGUMENT: dict[str, Callable[[Wanted], dict[str, torch.Tensor]]] = {
     "cross_attention_mask": _visible_tiles,
     "image_embeds_position_mask": _image_places,
     "protein_input_ids": _protein,
-    "state": _robot,
+    "noise": _robot,
 }

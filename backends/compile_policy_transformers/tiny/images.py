@@ -50,7 +50,7 @@ def make_images(model: PreTrainedModel, sizes: list[Size], batch: int, generator
         if model.config.model_type in NEEDS_IMAGES:
             raise ValueError(f"{type(model).__name__} needs an image with every text.")
         return NO_IMAGES
-    if not {"image", "video"} & set(model.input_modalities) and feature_method(model) is None:
+    if not _takes_pixels(model) and feature_method(model) is None:
         raise ValueError(f"{type(model).__name__} takes no images.")
     if one_per_row(model):
         sizes = sizes[:1]
@@ -61,6 +61,13 @@ def make_images(model: PreTrainedModel, sizes: list[Size], batch: int, generator
         return Images(tensors, [], -1)
     counts = [_count(model, style(Request(model, [size], 1, torch.Generator().manual_seed(0)))) for size in sizes]
     return Images(tensors, [with_markers(model.config, token_id, count) for count in counts], token_id)
+
+
+def _takes_pixels(model: PreTrainedModel) -> bool:
+    """Whether the model says so: one for text alone may only repeat what its architecture sees as a whole."""
+    named = inspect.signature(model.forward).parameters
+    pixels = any("pixel_values" in name or name == "flattened_patches" for name in named)
+    return pixels and bool({"image", "video"} & set(model.input_modalities))
 
 
 def placeholder(model: PreTrainedModel) -> int | None:

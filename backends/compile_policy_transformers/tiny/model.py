@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 import math
 from types import ModuleType
@@ -79,8 +80,10 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
         ValueError: the model type is unknown.
     """
     cls = _model_class(model_type)
-    default = AutoConfig.for_model(model_type, **FILL_IN.get(model_type, {}))
+    default = _config_for(cls, AutoConfig.for_model(model_type, **FILL_IN.get(model_type, {})))
     values = shrink(default.to_dict())
+    if "is_decoder" in values and compat.model_class_names("CAUSAL_LM").get(model_type) == cls.__name__:
+        values["is_decoder"] = True  # these default to encoders, which see the tokens to come
     if any("mrope_section" in inspect.getsource(module) for module in _modeling_modules(cls, default)):
         for one in (values, *values.values()):  # a model may hold several, each with its text
             if isinstance(one, dict) and (one is values or "text_config" in one):
@@ -93,10 +96,17 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     return config
 
 
+def _config_for(cls: Any, config: PreTrainedConfig) -> PreTrainedConfig:
+    """``config``, or the part of it that ``cls`` is built from: a decoder listed under the name of the whole."""
+    parts = (part for part in vars(config).values() if isinstance(part, cls.config_class))
+    return config if isinstance(config, cls.config_class) else next(parts, config)
+
+
 def _modeling_modules(cls: Any, config: PreTrainedConfig) -> list[ModuleType]:
     """The module of the model, and that of its language model where another architecture lends it."""
     names = {cls.__module__, type(config.get_text_config()).__module__.replace(".configuration_", ".modeling_")}
-    return [importlib.import_module(name) for name in names]
+    # some are a configuration alone, for the classes of another architecture
+    return [importlib.import_module(name) for name in names if importlib.util.find_spec(name)]
 
 
 def _model_class(model_type: str) -> Any:

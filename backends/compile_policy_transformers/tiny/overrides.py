@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .text_overrides import TEXT
+
 _CONVOLUTIONAL = {
     "model_type": "resnet",
     "hidden_size": 64,
@@ -18,6 +20,7 @@ FILL_IN: dict[str, dict[str, Any]] = {
     "gemma4": {"vision_config": {}, "audio_config": {}},
     "gemma4_unified": {"vision_config": {}, "audio_config": {}},
     "diffusion_gemma": {"vision_config": {}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},  # its attention needs both
     # see FROM_TIMM
     "fast_vlm": {"vision_config": _CONVOLUTIONAL},
     "perception_lm": {"vision_config": {"model_type": "clip_vision_model", "model_args": {"embed_dim": 64}}},
@@ -43,16 +46,15 @@ _MINICPM = {
 _GRANITE_SPEECH = {"encoder_config.context_size": 12}  # several blocks in a short piece of sound
 _OMNI = {"vision_start_token_id": 312, "vision_end_token_id": 313}
 
-_GEMMA3N = {  # the last two layers attend over the keys of the first two
-    "num_hidden_layers": 4,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "intermediate_size": [96] * 4,
-    "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
-    "num_kv_shared_layers": 2,
-}
+
+def _text(model_type: str) -> dict[str, Any]:
+    """What a text model has, for the same one inside a larger one."""
+    return {f"text_config.{name}": value for name, value in TEXT[model_type].items()}
+
 
 # Dotted path below the shrunk configuration: value.
 OVERRIDES: dict[str, dict[str, Any]] = {
+    **TEXT,
     "aria": {"projector_patch_to_query_dict": {16: 8}, "max_value_projector_patch_to_query_dict": 8},
     "chameleon": {
         # an image code is named by its digits, written as letters
@@ -68,13 +70,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "vq_config.num_res_blocks": 1,
         "vq_config.resolution": 8,
     },
-    "cohere_compass": {
-        "text_config.layer_types": ["sliding_attention", "full_attention"],
-        "text_config.rope_parameters": {
-            kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-            for kind in ("sliding_attention", "full_attention")
-        },
-    },
+    "cohere_compass": _text("cohere_compass_text"),
     "deepseek_ocr2": {
         "text_config.mlp_layer_types": ["dense", "sparse"],
         "text_config.num_experts_per_tok": 2,
@@ -103,9 +99,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "audio_token_id": 311,
         "audio_config.vocab_offset": 310,
         "audio_config.vocab_size": 10,
-        **{f"text_config.{k}": v for k, v in _GEMMA3N.items()},
+        **_text("gemma3n_text"),
     },
-    "gemma3n_text": _GEMMA3N,
     "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [3, 3, 2]},  # height and width are interleaved
     "glmasr": {"audio_config.intermediate_size": 256},  # four frames of the tower's width become one token
     "granite_speech": _GRANITE_SPEECH,
@@ -138,18 +133,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe_thinker": {**_OMNI, "audio_config.n_window_infer": 200},
     # a quarter of head_dim 16 is too little for three rotary sections
     "qwen3_5": {"text_config.rope_parameters.partial_rotary_factor": 0.5, "text_config.head_dim": 32},
-    "qwen4_exp": {
-        "text_config.indexer_n_heads": 2,
-        "text_config.indexer_kv_heads": 1,
-        "text_config.indexer_head_dim": 16,
-        "text_config.indexer_budget": 8,
-        "text_config.indexer_compress_ratio": 2,
-        "text_config.ple_layer_ids": [1],
-        "text_config.ple_embed_dim": 64,
-        "text_config.number_of_conv_states": 3,
-        "text_config.ngram_vocab_size_base": 64,
-        "text_config.eos_token_id": 1,
-    },
+    "qwen4_exp": _text("qwen4_exp_text"),
     "step3p7": {
         "text_config.layer_types": ["full_attention", "sliding_attention"],
         "text_config.mlp_layer_types": ["dense", "sparse"],
@@ -188,9 +172,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "vq_config.num_embeddings": 16,
         "vq_config.num_res_blocks": 1,
     },
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "kyutai_speech_to_text": {"codec_config.upsample_groups": 64},
-    "mamba2": {"head_dim": 32},
     "minicpm_ocr": _MINICPM,
     "minicpmv4_6": _MINICPM,
     "minicpmv4_7": _MINICPM,

@@ -35,28 +35,38 @@ class Rule:
 # get the same value, so that no rule has to know which field feeds which.
 RULES: tuple[Rule, ...] = (
     Rule(r"^(vocab_size|vocab_size_per_layer_input|unpadded_vocab_size|mel_vocab_size)$", VOCAB, at_most=False),
+    Rule(r"^((decoder|shape|pronunciation)_vocab_size)$", VOCAB),
+    Rule(r"^(.*_hash_byte_group_vocab)$", 64),
     Rule(r"^(num_hidden_layers|depth|(en|de)coder_layers|layers|num_layers|n_layers?|num_blocks)$", 2),
     Rule(r"^(num_decoder_layers|num_global_layers|conf_num_hidden_layers|.*resampler_depth)$", 2),
     Rule(r"^(moe_intermediate_size|.*shared_experts?_intermediate_size|share_expert_dim|expert_dim)$", HIDDEN // 2),
+    Rule(r"^(expert_ffn_hidden_size)$", HIDDEN // 2),
     Rule(r"^(.*intermediate_size(_mlp)?|(en|de)coder_ffn_dim|ffn_dim|d_ff|mlp_dim|projection_hidden_dim)$", FFN),
+    Rule(r"^(ffn_hidden_size|dff|dim_ff|d_inner|feed_forward_size)$", FFN),
     Rule(r"^(hidden_size_per_layer_input|laurel_rank|.*lora_rank|hc_lowrank)$", 16),
     Rule(r"^(linear_(key_|value_)?head_dim|qk_nope_head_dim|qk_rope_head_dim|ssm_state_size|d_rel)$", 8),
-    Rule(r"^(.*head_dim|dim_head|.*dim_head|d_kv|query_pre_attn_scalar|mamba_d_head)$", HEAD_DIM),
+    Rule(r"^(mamba_d_state)$", 16),
+    Rule(r"^(.*head_dim|dim_head|.*dim_head|d_kv|d_head|query_pre_attn_scalar|mamba_d_head)$", HEAD_DIM),
+    Rule(r"^(attention_head_size)$", HEAD_DIM),
     Rule(r"^(.*num_key_value_heads|num_kv_heads|linear_num_key_heads|n_groups|mamba_n_groups)$", KV_HEADS),
     Rule(r"^(.*num_attention_heads|num_heads|n_heads?|.*attention_heads|.*_n_heads|resampler_heads)$", HEADS),
-    Rule(r"^(linear_num_(value_)?heads|mamba_num_heads|mamba_n_heads)$", HEADS),
+    Rule(r"^(linear_num_(value_)?heads|mamba_num_heads|mamba_n_heads|n_mamba_heads)$", HEADS),
     Rule(r"^(num_(local_)?experts|n_routed_experts|moe_num_experts)$", 4),
-    Rule(r"^(num_experts_per_tok|moe_topk|moe_k|num_experts_per_token)$", 2),
-    Rule(r"^(n_group|topk_group|n_shared_experts|moe_num_shared_experts|first_k_dense_replace)$", 1),
+    Rule(r"^(num_experts_per_tok|moe_topk|moe_k|num_experts_per_token|zero_expert_num)$", 2),
+    Rule(r"^(n_group|num_expert_group|topk_group|n_shared_experts|moe_num_shared_experts|first_k_dense_replace)$", 1),
     Rule(r"^(hidden_size|hidden_dim|d_model|n_embd|embed_dim|out_hidden_size|.*_hidden_size|projection_dim)$", HIDDEN),
+    Rule(r"^(hidden_size_global|embedding_dim|(shape|pronunciation)_embed_dim|lru_width|mamba_d_ssm)$", HIDDEN),
     Rule(r"^(image_token_embed_dim|output_dim|word_embed_proj_dim|.*projector_(in|out)put_dim)$", HIDDEN),
     Rule(r"^(num_query_tokens|latent_query_num|resampler_n_latents|resampler_num_latents)$", 4),
     Rule(r"^(sliding_window|sliding_window_size|attention_chunk_size)$", WINDOW),
+    Rule(r"^(attention_window_size|local_attention_window_len)$", WINDOW),
     Rule(r"^(num_position_embeddings|posemb_grid_size)$", 64),
     Rule(r"^max_position_embeddings$", POSITIONS),
     Rule(r"^(max_source_positions)$", 32),
 )
 
+# Sizes that some configurations leave open although their model cannot do without.
+_OPEN = {"num_key_value_heads": KV_HEADS, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
 
 # Multipliers of large models would flatten a small one; other than one, so that forgetting them shows.
 _MULTIPLIERS = {
@@ -129,6 +139,8 @@ def _shrink_list(name: str, value: list[Any], kept: _Kept) -> list[Any]:
 def _apply(name: str, value: Any, layers: int) -> Any:
     if name in _MULTIPLIERS and value is not None:
         return _MULTIPLIERS[name]
+    if value is None:
+        return _OPEN.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         return value
     for rule in RULES:
@@ -178,6 +190,9 @@ def _agree(original: dict[str, Any], config: dict[str, Any]) -> None:
             config["head_dim"] = config["qk_rope_head_dim"]
     if isinstance(config.get("qk_head_dim"), int) and "qk_nope_head_dim" in config:
         config["qk_head_dim"] = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
+    if "rotary_dim" in config and "rope_parameters" not in config:  # nothing else says how much is rotated
+        config["rotary_dim"] = HEAD_DIM // 2
+    _agree_on_widths(original, config)
     if config.get("image_grid_pinpoints"):
         square = config["vision_config"]["image_size"]
         config["image_grid_pinpoints"] = [[square, 2 * square], [2 * square, square]]
@@ -186,6 +201,18 @@ def _agree(original: dict[str, Any], config: dict[str, Any]) -> None:
         patch = patch[0]
     if isinstance(patch, int) and ("hidden_size" in config or "embed_dim" in config):
         _shrink_pictures(config, patch)
+
+
+def _agree_on_widths(original: dict[str, Any], config: dict[str, Any]) -> None:
+    """Widths inside a layer that is wider than the model, and those of its heads."""
+    if isinstance(original.get("attention_hidden_size"), int):  # as much wider as it was
+        config["attention_hidden_size"] = HIDDEN * original["attention_hidden_size"] // original["hidden_size"]
+        if "attention_head_dim" in config:
+            config["attention_head_dim"] = config["attention_hidden_size"] // config["num_attention_heads"]
+    for heads, dim in (("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim")):
+        if heads in config and dim in config:
+            inner = config.get("mamba_d_ssm") or config.get("mamba_expand", 2) * config["hidden_size"]
+            config[dim] = inner // config[heads]
 
 
 def _shrink_pictures(config: dict[str, Any], patch: int) -> None:

@@ -1,4 +1,4 @@
-"""Inputs of models that hear while they write: sound runs beside the text, so much of it for every token."""
+"""Inputs of models whose sound runs beside the text, so much of it for every token, or that write sound itself."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+
+from .shrink import FIRST_SPECIAL_ID, FIRST_TEXT_ID
 
 Tensors = dict[str, Any]
 
@@ -67,7 +69,22 @@ def _wave(config: Any, inputs: Tensors, new_tokens: int) -> Tensors:
     return inputs | {"input_ids": ids, "input_values": wave}
 
 
+def _codebooks(config: Any, inputs: Tensors, generator: torch.Generator) -> Tensors:
+    """A row of text is several rows of codes, with one mask."""
+    batch, length = inputs["input_ids"].shape
+    shape = (batch * config.num_codebooks, length)
+    return inputs | {"input_ids": torch.randint(FIRST_TEXT_ID, FIRST_SPECIAL_ID, shape, generator=generator)}
+
+
+def _from_start(config: Any, inputs: Tensors, new_tokens: int) -> Tensors:
+    """What stands for a code that is not there yet is no code itself, and is taken away from what was written."""
+    absent = config.vocab_size
+    return inputs | {"decoder_start_token_id": absent, "pad_token_id": absent, "num_return_sequences": 1}
+
+
 _STREAMS = {
     "kyutai_speech_to_text": Stream(_codes_beside_text, _wave),
+    "musicgen_decoder": Stream(_codebooks, _from_start),
+    "musicgen_melody_decoder": Stream(_codebooks, _from_start),
     "voxtral_realtime": Stream(_mel_beside_text, _mel_goes_on),
 }
