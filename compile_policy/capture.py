@@ -22,6 +22,7 @@ import torch.fx.experimental._config as fx_config
 
 from compile_policy.audit import Account, account_for
 from compile_policy.compat import graph_argument, leaf_dim_of_source, traced_code, tracing_shape_env
+from compile_policy.compat_buffers import plain_buffers
 from compile_policy.compat_sizes import sizes_kept
 from compile_policy.compiled import AheadFault, Argument, CompiledGraph
 from compile_policy.lowering import Lowering
@@ -110,7 +111,7 @@ def _compile_once(
                 torch._dynamo.mark_static(leaf, dim)
             elif label.startswith(UNBACKED):
                 torch._dynamo.decorators.mark_unbacked(leaf, dim, shape_id=label)
-    with _capture_settings():
+    with _capture_settings(), plain_buffers(module):
         compiled = torch.compile(
             traced,
             backend=catcher,

@@ -18,6 +18,7 @@ TRAITS = (
     ("gpt_neox_japanese", "dynamic"),  # a copy that asks whether 16 * s is 16
     ("diffllama", "dynamic"),  # torch.rms_norm of four dims asks whether s is more than 1
     ("falcon_mamba", "dynamic"),  # recurrent layers alone, which are handed the padding as it is given
+    ("ctrl", "none"),  # assigns a buffer to itself
 )
 
 
