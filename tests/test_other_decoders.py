@@ -19,6 +19,7 @@ TRAITS = (
     ("diffllama", "dynamic"),  # torch.rms_norm of four dims asks whether s is more than 1
     ("falcon_mamba", "dynamic"),  # recurrent layers alone, which are handed the padding as it is given
     ("ctrl", "none"),  # assigns a buffer to itself
+    pytest.param("hy_v4", "dynamic", marks=pytest.mark.slow),  # layers that use the choice of another's indexer
 )
 
 

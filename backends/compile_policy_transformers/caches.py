@@ -80,10 +80,8 @@ class _CacheAdapter:
         spec = self._flatten_attention(layer, kind_of(layer), selects, out, path)
         if states.is_linear(layer):
             return ("linear", spec, states.flatten_states(layer, out, path))
-        if not states.is_indexed(layer):
+        if not states.is_indexed(layer) or not layer.is_indexer_initialized:  # a layer may use another's choice
             return spec
-        if not layer.is_indexer_initialized:
-            raise NotCompilable("the indexer of the cache is used in a way that no graph serves yet")
         static = spec[0] == "static"
         out.add(layer.indexer_keys, f"{path}.indexer_keys", ("batch", SLOTS if static else PAST, None), mutable=static)
         if static:
