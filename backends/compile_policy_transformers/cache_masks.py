@@ -39,8 +39,18 @@ def mask_config(config: Any) -> Any:
     made._attn_implementation_internal = attention.DECODER
     kinds = getattr(config, "layer_types", None) or ()
     if any(kind in _MASKS_OF for kind in kinds):
-        made.layer_types = [name for kind in kinds for name in _MASKS_OF.get(kind, (kind,))]
+        _set_layer_types(made, [name for kind in kinds for name in _MASKS_OF.get(kind, (kind,))])
     return made
+
+
+def _set_layer_types(config: Any, names: list[str]) -> None:
+    """Also where a configuration computes them under another name, without a way to say otherwise (falcon_h1)."""
+    cls = type(config)
+    field = cls.attribute_map.get("layer_types", "layer_types")
+    if isinstance(getattr(cls, field, None), property):
+        config.__class__ = type(cls.__name__, (cls,), {field: names})
+    else:
+        config.layer_types = names
 
 
 def each_padded(masks: Mapping[str, Any], embeds: torch.Tensor) -> dict[str, Any]:
