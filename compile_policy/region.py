@@ -182,16 +182,17 @@ class Region(Entries):
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         try:
             bound = self.binder.bind(self.module, args, kwargs)
+            structure = self._structure(look_again=bound.boundary or self.options.check_every_call)
+            grad, inference, autocast, *ambient = compat.modes()
+            extra = ((grad[1], inference[1], self.module.training, autocast[1]), structure, tuple(ambient))
+            return make_call(
+                *(bound.values, bound.label, extra, bound.fillers, bound.sizes, bound.example, bound.frequent),
+                finish=bound.finish,
+            )
         except NotCompilable:
             raise
         except Exception as error:  # eager says it better where the call is at fault, and runs where the binder is
             raise PassingObstacle(f"the call could not be made canonical: {first_line(error)}") from error
-        structure = self._structure(look_again=bound.boundary or self.options.check_every_call)
-        grad, inference, autocast, *ambient = compat.modes()
-        extra = ((grad[1], inference[1], self.module.training, autocast[1]), structure, tuple(ambient))
-        return make_call(
-            *(bound.values, bound.label, extra, bound.fillers, bound.sizes, bound.example, bound.frequent, bound.finish)
-        )
 
     def _structure(self, *, look_again: bool) -> int:
         """The structure's number, looked at while no other thread captures: that changes the module for a moment."""

@@ -21,6 +21,7 @@ from compile_policy_transformers.unread import without_unread
         ("return_dict", True, False),  # what it returns anyway
         ("return_dict", False, True),
         ("output_hidden_states", True, True),
+        ("output_hidden_states", False, False),  # as the configuration has it
         ("use_cache", True, True),
         ("is_causal", True, True),  # attention looks for it
         ("interpolate_pos_encoding", True, True),  # in its signature
@@ -30,6 +31,13 @@ from compile_policy_transformers.unread import without_unread
 def test_what_a_tower_does_not_read(name: str, value: object, kept: bool) -> None:
     tower = tiny_model("llava_onevision").model.vision_tower
     assert (name in without_unread(tower, {"pixel_values": 1, name: value})) is kept
+
+
+def test_an_output_that_the_configuration_asks_for() -> None:
+    """Then an explicit no is no default."""
+    tower = tiny_model("llava_onevision").model.vision_tower
+    tower.config.output_hidden_states = True
+    assert "output_hidden_states" in without_unread(tower, {"output_hidden_states": False})
 
 
 def test_code_without_source_may_read_everything() -> None:

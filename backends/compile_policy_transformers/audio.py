@@ -27,6 +27,7 @@ from compile_policy_transformers.padding_caches import ARGUMENT, PaddingCaches
 from compile_policy_transformers.prologue import Prologue, layout_functions, learn
 from compile_policy_transformers.size_twins import sizes_together
 from compile_policy_transformers.sound_examples import sound_examples
+from compile_policy_transformers.unread import without_unread
 
 PIECES = "sounds"
 #: Where pieces are cut up and packed, a single one is no special case for any tower; elsewhere it may be.
@@ -91,7 +92,10 @@ class SoundBinder:
     def bind(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         """Raises NotCompilable when what the tower computes from lengths is not known to come from the call."""
         values = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        values = {name: value for name, value in values.items() if value is not None}
+        values = {
+            n: values[n] for n in (*self.parameters, *values) if values.get(n) is not None
+        }  # the sound comes first
+        values = without_unread(module, values)
         if any(name.startswith("output_") and value is not False for name, value in values.items()):
             compat.install_output_capturing(module)
         cache = values.pop(ARGUMENT, None) if self.paddings.cls is not None else None

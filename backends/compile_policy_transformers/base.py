@@ -98,6 +98,8 @@ def _find_decoder(model: nn.Module, others: list[nn.Module]) -> Found | None:
     if any(holds(named, other) for other in others):  # a causal language model knows its own decoder
         inner = decoder_as_named(named)
         named = inner if inner is not None and holds(named, inner) else named
+    if any(named is other for other in others):  # an image model, which has no decoder
+        return None
     module, obstacle = _descend(named, others)
     path = qualname(model, module)
     assert path is not None

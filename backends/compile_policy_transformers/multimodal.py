@@ -56,7 +56,7 @@ def find_encoders(model: nn.Module) -> list[Found]:
     rule = rule_for(model)
     for modality, path in rule.encoders if rule is not None else ():
         modalities.setdefault(model.get_submodule(path), set()).add(modality)
-    for tower in _towers(model):
+    for tower in _towers(model, decoder_as_named(model)):
         if not any(holds(known, tower) or holds(tower, known) for known in modalities):
             modalities[tower] = _modalities_by_name(model, tower)
     _separate_video_tower(modalities)
@@ -90,12 +90,8 @@ def _named_encoder(model: nn.Module, modality: str) -> nn.Module | None:
         return None  # some models answer for the modalities they have, and raise for the others
     if not isinstance(tower, nn.Module) or not qualname(model, tower) or _reads_token_ids(tower):
         return None
-    return None if _holds_language(model, tower) else tower
-
-
-def _holds_language(model: nn.Module, tower: nn.Module) -> bool:
     decoder = decoder_as_named(model)
-    return decoder is not None and holds(tower, decoder)
+    return None if decoder is not None and holds(tower, decoder) else tower
 
 
 def decoder_as_named(model: nn.Module) -> nn.Module | None:
@@ -112,13 +108,14 @@ def _reads_token_ids(module: nn.Module) -> bool:
     return "input_ids" in inspect.signature(module.forward).parameters
 
 
-def _towers(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules below ``module`` that are fed with pixels or sound."""
+def _towers(module: nn.Module, decoder: nn.Module | None) -> Iterator[nn.Module]:
+    """The outermost modules below ``module`` that are fed with pixels or sound, and do not hold the decoder."""
     for name, child in module.named_children():
-        if _is_tower(name, child):
+        holds_more = decoder is not None and child is not decoder and holds(child, decoder)
+        if _is_tower(name, child) and not holds_more:
             yield child
         else:
-            yield from _towers(child)
+            yield from _towers(child, decoder)
 
 
 def _is_tower(name: str, module: nn.Module) -> bool:

@@ -18,24 +18,29 @@ from torch import nn
 
 _RETURN_DICT = "return_dict"
 #: What Transformers' decorators round a forward read; of their code nothing else is asked.
-_DECORATED = ("output_", "use_cache")
+_OUTPUT = "output_"
+_DECORATED = (_OUTPUT, "use_cache")
 _TORCH = ("torch", "builtins", "typing")
 
 
 def without_unread(module: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` without words and switches that do not change what ``module`` computes.
 
-    These are names that stand neither in its signature nor anywhere in the code that it is made of, and a
-    ``return_dict`` that asks for what it returns anyway. That it is so is proved by the first call of the form
-    (`compile_policy.proof`), which knows the value.
+    These are names that stand neither in its signature nor anywhere in the code that it is made of, a ``return_dict``
+    that asks for what it returns anyway, and an ``output_...=False`` where the configuration asks for none either. That
+    it is so is proved by the first call of the form (`compile_policy.proof`), which knows the value.
     """
     known = inspect.signature(module.forward).parameters
+    config = getattr(module, "config", None)
     kept = dict(values)
     for name, value in values.items():
+        if value is False and name.startswith(_OUTPUT) and not getattr(config, name, False):
+            del kept[name]
+            continue
         if not isinstance(value, (str, bool)) or name in known or name.startswith(_DECORATED):
             continue
         if name == _RETURN_DICT:
-            needless = value is getattr(getattr(module, "config", None), _RETURN_DICT, True)
+            needless = value is getattr(config, _RETURN_DICT, True)
         else:
             needless = not _may_be_read(name, frozenset(_homes(module)))
         if needless:
