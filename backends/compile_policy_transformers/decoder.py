@@ -45,11 +45,12 @@ from compile_policy_transformers.positions import OwnPositions
 from compile_policy_transformers.recipes import traceable_layers
 from compile_policy_transformers.recurrent_mixers import RecurrentDecoder
 from compile_policy_transformers.repeat import DecodeSteps, Step
-from compile_policy_transformers.token_ids import TokenIds
+from compile_policy_transformers.token_ids import IDS, TokenIds, layers_read_ids
 
 #: Visual tokens are some of the example's 2 x 3 positions.
 _EXAMPLE_SIZES = {"batch": 2, "sequence": 3, "visual_tokens": 5}
 _NO_TOKENS = "Have its forward take inputs_embeds, in a subclass (compile_policy.layers.override, replace_layers_)."
+_ONLY_IDS = "its layers read token ids, and it was given embeddings"
 _IN_PLACE = "the graph writes the states of its cache in place, where gradients cannot go back through it"
 #: First argument of a decoder that begins behind its embeddings (git).
 _BEHIND = "hidden_states"
@@ -70,6 +71,7 @@ class DecoderBinder:
         self.parameters = inspect.signature(decoder.forward).parameters
         behind = "inputs_embeds" not in self.parameters and next(iter(self.parameters), "") == _BEHIND
         self.embeds_name = _BEHIND if behind else "inputs_embeds"
+        self.by_ids: bool | None = None  # not known yet
         self.shapes: dict[torch.dtype, list[cache_layers.LayerShape]] = {}
         self.own_positions = OwnPositions(decoder)
         self.lengths = Lengths(config)
@@ -95,8 +97,12 @@ class DecoderBinder:
 
     def bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         values = self._by_name(args, kwargs)
-        tokens = values.get("input_ids")
+        tokens = values.get(IDS)
         embeds = self._embeds(module, values)
+        if self.by_ids is None:
+            self.by_ids = layers_read_ids(module)
+        if self.by_ids and tokens is None:
+            raise NotCompilable(_ONLY_IDS)
         batch, length = embeds.shape[:2]
         if length == 0:
             raise NotCompilable("a call without tokens")
@@ -132,7 +138,7 @@ class DecoderBinder:
         label = DecoderLabels(
             batch, length, cache, padding=self.rule.padding_mask, kinds=self.kinds, alike=self.rule.alike
         )
-        self._own_names(values)
+        self._own_names(values, tokens)
         ordered = {name: values[name] for name in sorted(values) if values[name] is not None}
         finish = with_mask(given_mask, embeds, cache) if self.rule.returns_mask else None
         return Bound(
@@ -143,7 +149,7 @@ class DecoderBinder:
         """Kinds of the arguments; whether there is padding, one token, one row, an empty cache; which lengths it is
         beyond: each has its code."""
         values = self._by_name(args, kwargs)
-        tokens = values.get("inputs_embeds") if values.get("input_ids") is None else values["input_ids"]
+        tokens = values.get("inputs_embeds") if values.get(IDS) is None else values[IDS]
         if tokens is None:
             return (form_of(values),), None  # binding says what is missing
         mask = values.get("attention_mask")
@@ -164,6 +170,7 @@ class DecoderBinder:
         alike = (
             call.finish is None and self.embeds_name == "inputs_embeds" and not (self.own_positions or self.seen.layers)
         )
+        alike = alike and not self.by_ids
         if alike and not isinstance(call.values.get("past_key_values"), PairCall):
             self.steps.remember(kwargs, call, entry, here, self, module)
 
@@ -175,14 +182,18 @@ class DecoderBinder:
             values["inputs_embeds"] = values.pop(self.embeds_name)
         return values
 
-    def _own_names(self, values: dict[str, Any]) -> None:
-        """Name the arguments as the decoder does."""
+    def _own_names(self, values: dict[str, Any], tokens: torch.Tensor | None = None) -> None:
+        """Name the arguments as the decoder does; one whose layers read token ids is given ``tokens``, or any."""
         self.recurrent.name_cache(values)
-        values[self.embeds_name] = values.pop("inputs_embeds")
+        embeds = values.pop("inputs_embeds")
+        if self.by_ids:
+            values[IDS] = embeds.new_zeros(embeds.shape[:2], dtype=torch.long) if tokens is None else tokens
+        else:
+            values[self.embeds_name] = embeds
 
     @staticmethod
     def _embeds(module: torch.nn.Module, values: dict[str, Any]) -> torch.Tensor:
-        ids = values.pop("input_ids", None)
+        ids = values.pop(IDS, None)
         embeds: torch.Tensor | None = values.get("inputs_embeds")
         if embeds is None:
             if ids is None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 from typing import Any
 
 import torch
 
+from compile_policy.reference import preserved
 from compile_policy_transformers.decoder_rules import DecoderRule
+from compile_policy_transformers.known_code import tree_of
+
+IDS = "input_ids"
 
 
 class TokenIds:
@@ -40,3 +45,33 @@ class TokenIds:
     def of(self, embeds: torch.Tensor) -> dict[str, torch.Tensor]:
         """Any ids, for a call with made-up embeddings (batch, sequence, hidden size)."""
         return {self.name: embeds.new_zeros(embeds.shape[:2], dtype=torch.long)} if self else {}
+
+
+def layers_read_ids(decoder: Any) -> bool:
+    """Whether a decoder's layers read the ids of tokens, so that embeddings alone are no call of it.
+
+    One that routes tokens to experts by their ids does (DeepSeek V4): its forward hands them on as it goes through its
+    layers, and two tokens show whether it can do without.
+    """
+    if not _hands_on_ids(decoder):
+        return False
+    ids = torch.zeros((1, 2), dtype=torch.long, device=next(decoder.parameters()).device)
+    with torch.no_grad(), preserved(decoder):
+        embeds = decoder.get_input_embeddings()(ids)
+        return not _runs(decoder, {"inputs_embeds": embeds}) and _runs(decoder, {IDS: ids})
+
+
+def _hands_on_ids(decoder: Any) -> bool:
+    tree = tree_of(type(decoder).forward)
+    loops = [node for node in ast.walk(tree) if isinstance(node, ast.For)] if tree is not None else []
+    calls = [node for loop in loops for node in ast.walk(loop) if isinstance(node, ast.Call)]
+    given = (value for call in calls for value in (*call.args, *(word.value for word in call.keywords)))
+    return any(isinstance(value, ast.Name) and value.id == IDS for value in given)
+
+
+def _runs(decoder: Any, call: dict[str, torch.Tensor]) -> bool:
+    try:
+        decoder.forward(**call, use_cache=False)
+    except Exception:
+        return False
+    return True
