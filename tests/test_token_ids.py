@@ -97,3 +97,23 @@ def test_only_what_has_to_is_given_ids() -> None:
     needs, may = model_with(RoutesByIds), model_with(MayDoWithout)
     assert layers_read_ids(needs.model) and not layers_read_ids(may.model)
     assert not layers_read_ids(LlamaModel(small_config()))
+
+
+class NoEmbeddings(LlamaModel):
+    def forward(  # type: ignore[override]
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPast:
+        hidden = self.embed_tokens(input_ids).cumsum(dim=1)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+
+
+def test_one_that_takes_ids_alone_says_so() -> None:
+    model = model_with(NoEmbeddings)
+    ids = torch.tensor([[8, 9, 10]])
+    with torch.no_grad():
+        want = model(ids).logits
+        cp.apply(model, cp.CompilationConfig(backend="eager"))
+        assert torch.equal(model(ids).logits, want)
+    report = next(c for c in cp.report(model).components if c.role == "decoder")
+    assert report.fallback is not None
+    assert "NoEmbeddings.forward (test_token_ids.py:" in report.fallback and "no embeddings" in report.fallback

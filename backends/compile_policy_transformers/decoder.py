@@ -45,7 +45,7 @@ from compile_policy_transformers.positions import OwnPositions
 from compile_policy_transformers.recipes import traceable_layers
 from compile_policy_transformers.recurrent_mixers import RecurrentDecoder
 from compile_policy_transformers.repeat import DecodeSteps, Step
-from compile_policy_transformers.token_ids import IDS, TokenIds, layers_read_ids
+from compile_policy_transformers.token_ids import IDS, TokenIds, layers_read_ids, takes_embeddings
 
 #: Visual tokens are some of the example's 2 x 3 positions.
 _EXAMPLE_SIZES = {"batch": 2, "sequence": 3, "visual_tokens": 5}
@@ -72,6 +72,7 @@ class DecoderBinder:
         behind = "inputs_embeds" not in self.parameters and next(iter(self.parameters), "") == _BEHIND
         self.embeds_name = _BEHIND if behind else "inputs_embeds"
         self.by_ids: bool | None = None  # not known yet
+        self.only_ids = False
         self.shapes: dict[torch.dtype, list[cache_layers.LayerShape]] = {}
         self.own_positions = OwnPositions(decoder)
         self.lengths = Lengths(config)
@@ -100,7 +101,10 @@ class DecoderBinder:
         tokens = values.get(IDS)
         embeds = self._embeds(module, values)
         if self.by_ids is None:
-            self.by_ids = layers_read_ids(module)
+            self.only_ids = not takes_embeddings(module, self.embeds_name)
+            self.by_ids = not self.only_ids and layers_read_ids(module)
+        if self.only_ids:
+            raise NotCompilable(f"{_forward_of(module)} takes token ids and no embeddings of them", remedy=_NO_TOKENS)
         if self.by_ids and tokens is None:
             raise NotCompilable(_ONLY_IDS)
         batch, length = embeds.shape[:2]
@@ -197,8 +201,9 @@ class DecoderBinder:
         embeds: torch.Tensor | None = values.get("inputs_embeds")
         if embeds is None:
             if ids is None:
-                where = f"{type(module).__name__}.forward ({place_in(type(module).forward, 'def forward')})"
-                raise NotCompilable(f"{where} was called with neither input_ids nor inputs_embeds", remedy=_NO_TOKENS)
+                raise NotCompilable(
+                    f"{_forward_of(module)} was called with neither input_ids nor inputs_embeds", remedy=_NO_TOKENS
+                )
             embeds = module.get_input_embeddings()(ids)  # type: ignore[operator]
             values["inputs_embeds"] = embeds
         elif ids is not None:
@@ -307,6 +312,10 @@ class DecoderBinder:
             made = each_padded(made, embeds)
             return self.recurrent.mask(made) if self.recurrent.alone else each_arranged(made, cache)
         return arranged(made, cache, sliding=all_sliding(cache))
+
+
+def _forward_of(module: torch.nn.Module) -> str:
+    return f"{type(module).__name__}.forward ({place_in(type(module).forward, 'def forward')})"
 
 
 def _counting_rows(mask: Any, length: int) -> torch.Tensor | None:

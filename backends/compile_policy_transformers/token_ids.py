@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from typing import Any
 
 import torch
@@ -53,12 +54,13 @@ def layers_read_ids(decoder: Any) -> bool:
     One that routes tokens to experts by their ids does (DeepSeek V4): its forward hands them on as it goes through its
     layers, and two tokens show whether it can do without.
     """
-    if not _hands_on_ids(decoder):
-        return False
-    ids = torch.zeros((1, 2), dtype=torch.long, device=next(decoder.parameters()).device)
-    with torch.no_grad(), preserved(decoder):
-        embeds = decoder.get_input_embeddings()(ids)
-        return not _runs(decoder, {"inputs_embeds": embeds}) and _runs(decoder, {IDS: ids})
+    return _hands_on_ids(decoder) and not _runs(decoder, embedded=True) and _runs(decoder, embedded=False)
+
+
+def takes_embeddings(decoder: Any, name: str) -> bool:
+    """Whether a decoder can be given embeddings in place of ids: in an argument ``name``, or by way of others."""
+    known = inspect.signature(decoder.forward).parameters
+    return name in known or IDS not in known or _runs(decoder, embedded=True)
 
 
 def _hands_on_ids(decoder: Any) -> bool:
@@ -69,9 +71,13 @@ def _hands_on_ids(decoder: Any) -> bool:
     return any(isinstance(value, ast.Name) and value.id == IDS for value in given)
 
 
-def _runs(decoder: Any, call: dict[str, torch.Tensor]) -> bool:
-    try:
-        decoder.forward(**call, use_cache=False)
-    except Exception:
-        return False
+def _runs(decoder: Any, *, embedded: bool) -> bool:
+    """Whether the decoder runs on two tokens, or on their embeddings."""
+    ids = torch.zeros((1, 2), dtype=torch.long, device=next(decoder.parameters()).device)
+    with torch.no_grad(), preserved(decoder):
+        try:
+            call = {"inputs_embeds": decoder.get_input_embeddings()(ids)} if embedded else {IDS: ids}
+            decoder.forward(**call, use_cache=False)
+        except Exception:
+            return False
     return True
