@@ -124,6 +124,14 @@ def test_a_component_that_does_not_fit_is_refused(saved: tuple[Region, list[Even
         else:
             with pytest.raises(ValueError, match="condition"):
                 from_files(bad, region.module, call)
+    for relation in ("(s[0][0] != 1)", "__import__('os').system('true')"):
+        other_sizes = {**files, ENTRY: json.dumps({**document, "passed_over": [relation]}).encode()}
+        if "!=" in relation:  # it serves one row after a look at what it does there
+            again = from_files(other_sizes, region.module, call)
+            assert again is not None and again.graph.accepts.unlike([torch.empty(1, 4)]) == (relation,)
+        else:
+            with pytest.raises(ValueError, match="condition"):
+                from_files(other_sizes, region.module, call)
 
 
 @torch.no_grad()
