@@ -33,7 +33,9 @@ _IGNORABLE_ORIGINS = (
 # copy or without, the values are the same; that nothing is written through an alias, the proof of each form shows.
 _ASKS_FOR_COPY = re.compile(r"\.(contiguous|reshape)\(.* in run_node\)", re.DOTALL)
 # An assignment to a part of a tensor leaves leading sizes of 1 out of the value, which broadcasts all the same.
-_ASSIGNS = re.compile(r"^[\w.]+\[[^\]()]*\] = (\(|[\w.]+(\[[^\]()]*\])?)  # .* in run_node\)", re.DOTALL)
+_ASSIGNS = re.compile(
+    r"^[\w.]+\[[^\]()]*\] = (\(|torch\.arange\(.*\)|[\w.]+(\[[^\]()]*\])?)  # .* in run_node\)", re.DOTALL
+)
 # nn.Linear asks whether its input is contiguous, and multiplies folded or not: as in matmul, the same product. Code for
 # an input that is not holds for one that is.
 _MULTIPLIES = re.compile(r"^return F\.linear\(input, self\.weight, self\.bias\)  # .* in run_node\)", re.DOTALL)

@@ -262,6 +262,33 @@ def test_a_branch_that_a_harmless_question_decided() -> None:
     assert (region.graphs, region.eager_calls) == (2, 0)
 
 
+class _Inverts(nn.Module):
+    """Sorts rows and brings them back, as layers of experts do; ``minds``: another value for one row."""
+
+    def __init__(self, minds: bool) -> None:
+        super().__init__()
+        self.minds = minds
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        order = x[:, 0].argsort()
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.size(0), device=x.device)
+        out = (x[order] * 2)[back]
+        return -out if self.minds and x.shape[0] == 1 else out
+
+
+@pytest.mark.parametrize("minds", [False, True])
+def test_numbering_one_row_needs_no_graph_of_its_own(minds: bool) -> None:
+    """Unless the code asks for one row besides, which tracing does not tell apart: the first such call does."""
+    module = _Inverts(minds)
+    region = Region(module, role="m", binder=SignatureBinder({"x": {0: "rows"}}), options=RegionOptions("eager"))
+    with torch.no_grad():
+        for rows in (3, 1, 2, 1):
+            x = torch.randn(rows, 4)
+            assert torch.equal(region(x), module.forward(x))
+    assert (region.graphs, region.eager_calls) == (2 if minds else 1, 0)
+
+
 class _Squeezes(nn.Module):
     """Drops dims of size 1: the first, some, or any."""
 

@@ -84,7 +84,7 @@ def test_one_graph_for_every_length(model_type: str, kind: str) -> None:
 
 SLOW = [(name, kind) for name in ("qwen3_next", "jamba") for kind in ("none", "dynamic", "static")]
 SLOW += [("qwen3_5", "none"), ("qwen3_5", "static"), ("mamba2", "none"), ("mamba2", "static")]
-SLOW += [(name, "dynamic") for name in ("lfm3_vl", "nemotron_h_omni", "inkling2", "glm5_next", "kimi_linear")]
+SLOW += [(name, "dynamic") for name in ("lfm3_vl", "nemotron_h_omni", "inkling2", "glm5_next", "kimi_linear", "zaya")]
 
 
 @pytest.mark.slow

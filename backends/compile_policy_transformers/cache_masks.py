@@ -28,8 +28,8 @@ _MASKS_OF = {
 }
 
 
-def mask_config(config: Any) -> Any:
-    """A decoder's configuration as ``create_masks_for_generate`` is to see it.
+def mask_config(config: Any, *, stock: bool = True) -> Any:
+    """A decoder's configuration as ``create_masks_for_generate`` is to see it; ``stock``: Transformers' own.
 
     Its table gives the sliding layers of a hybrid a causal mask without a window, where the models' own forward makes
     a sliding one, and it makes no masks at all for a model with blocks that want none. Drop this once
@@ -38,7 +38,7 @@ def mask_config(config: Any) -> Any:
     made = copy.copy(config)
     made._attn_implementation_internal = attention.DECODER
     kinds = getattr(config, "layer_types", None) or ()
-    if any(kind in _MASKS_OF for kind in kinds):
+    if stock and any(kind in _MASKS_OF for kind in kinds):
         _set_layer_types(made, [name for kind in kinds for name in _MASKS_OF.get(kind, (kind,))])
     return made
 

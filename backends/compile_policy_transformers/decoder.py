@@ -81,7 +81,7 @@ class DecoderBinder:
         self.seen = SeenStates(decoder)
         self.takes_pictures = PICTURES in self.parameters and PLACES in self.parameters
         self.recurrent = RecurrentDecoder(decoder)
-        self.masks.dense_config = mask_config(config)
+        self.masks.dense_config = mask_config(config, stock=self.recurrent.stock_masks)
         self.masks.dense_config._attn_implementation_internal = self.masks.implementation
         self.masks.create = self.recurrent.make_masks
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import inspect
 import sys
@@ -15,6 +16,7 @@ from transformers.masking_utils import create_causal_mask, create_masks_for_gene
 
 from compile_policy.errors import NotCompilable
 from compile_policy_transformers import attention
+from compile_policy_transformers.known_code import tree_of
 from compile_policy_transformers.own_masks import OwnMasks, has_kinds_of_its_own
 
 _CAUSAL = "create_causal_mask"
@@ -27,14 +29,15 @@ class DecoderMasks:
 
     Attributes:
         implementation: the attention that the decoder is traced with. One that writes its attention out adds the mask
-            to the scores, so that it has to be additive.
+            to the scores, so that it has to be additive; so has one that is lengthened by numbers.
         create: makes masks from a configuration, ``dense_config`` for dense ones.
     """
 
     def __init__(self, decoder: torch.nn.Module) -> None:
         config: Any = decoder.config
         self.config = config
-        self.implementation = attention.DECODER if _calls_attention(decoder) else attention.ADDITIVE
+        dense = _calls_attention(decoder) and not _lengthens_mask(decoder)
+        self.implementation = attention.DECODER if dense else attention.ADDITIVE
         self.dense_config: Any = copy.copy(config)
         self.dense_config._attn_implementation_internal = self.implementation
         self.create: Callable[..., Any] = create_masks_for_generate
@@ -113,6 +116,21 @@ def _calls_attention(decoder: torch.nn.Module) -> bool:
     """Whether the decoder's layers go through Transformers' attention interface, which takes masks of any kind."""
     modules = {type(part).__module__ for part in decoder.modules()}
     return any("ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[name]) for name in modules if name in sys.modules)
+
+
+def _lengthens_mask(decoder: torch.nn.Module) -> bool:
+    """Whether layers that are handed masks of numbers alone put more numbers behind them (DeepSeek V4)."""
+    if getattr(decoder, "_supports_sdpa", True):  # which has boolean ones
+        return False
+    classes = {type(part) for part in decoder.modules() if not type(part).__module__.startswith("torch.")}
+    return any(_lengthens(tree_of(cls.forward)) for cls in classes)
+
+
+def _lengthens(tree: ast.Module | None) -> bool:
+    calls = [] if tree is None else [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    joins = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr in ("cat", "pad")]
+    named = (node for call in joins for node in ast.walk(call) if isinstance(node, ast.Name))
+    return any(node.id == "attention_mask" for node in named)
 
 
 def padding_mask(given: Any, embeds: torch.Tensor, cache: Cache | None, dtype: torch.dtype) -> torch.Tensor:

@@ -8,6 +8,7 @@ of the policy and not of a code generator.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import re
@@ -180,7 +181,7 @@ def _written_out(model: PreTrainedModel) -> PreTrainedModel | None:
     """The same model with attention written out, as users ask for it where another kind fails; none if it is that."""
     if model.config._attn_implementation == "eager":
         return None
-    other = tiny_model(model.config.model_type)
+    other = copy.deepcopy(model)
     other.set_attn_implementation("eager")
     return other
 
