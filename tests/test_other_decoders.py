@@ -7,9 +7,13 @@ import warnings
 import pytest
 import torch
 
+from compile_policy_transformers.attention import ADDITIVE, DECODER
+from compile_policy_transformers.base import find_components
+from compile_policy_transformers.components import meta_model
+from compile_policy_transformers.decoder_masks import DecoderMasks
 from compile_policy_transformers.matrix import _cells
 from compile_policy_transformers.matrix_requests import prompts_of
-from compile_policy_transformers.tiny import tiny_model
+from compile_policy_transformers.tiny import tiny_config, tiny_model
 
 TRAITS = (
     ("falcon", "static"),  # attention written out, and a prepared mask that is boolean
@@ -30,3 +34,22 @@ def test_one_graph(model_type: str, cache: str) -> None:
         warnings.simplefilter("ignore")
         cell = _cells(model, prompts_of(model), cache, {"decoder": ("decoder",)})["decoder"]
     assert (cell.state, cell.graphs) == ("ok", 1), cell
+
+
+@pytest.mark.parametrize(("model_type", "masks"), [("deepseek_v4", ADDITIVE), ("gpt_oss", DECODER)])
+def test_masks_that_are_lengthened_are_numbers(model_type: str, masks: str) -> None:
+    """A boolean mask that is put before a bias, closed at minus infinity, would open what the bias closes."""
+    decoder = next(f.module for f in find_components(meta_model(tiny_config(model_type))) if f.role == "decoder")
+    assert DecoderMasks(decoder).implementation == masks
+
+
+@pytest.mark.slow
+def test_states_of_windows_without_a_cache() -> None:
+    """DeepSeek V4 compresses whole windows: a graph where there are some, and one where there are none."""
+    model = tiny_model("deepseek_v4")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        cell = _cells(model, prompts_of(model), "none", {"decoder": ("decoder",)})["decoder"]
+        cached = _cells(model, prompts_of(model)[:1], "dynamic", {"decoder": ("decoder",)})["decoder"]
+    assert (cell.state, cell.eager_calls) == ("graphs", 0), cell
+    assert cached.state == "eager" and "DeepseekV4HCACache (modeling_deepseek_v4.py:" in cached.reason, cached
