@@ -65,7 +65,9 @@ class ShapeConditions:
         self.conditions = tuple(dict.fromkeys(conditions))
         self.passed_over = tuple(r for r in dict.fromkeys(passed_over) if r not in self.conditions)
         self._test: Callable[[Sequence[Any]], bool] = eval(_source(self.conditions), dict(_FUNCTIONS))
-        self._as_traced: Callable[[Sequence[Any]], bool] = eval(_source(self.passed_over), dict(_FUNCTIONS))
+        self._as_traced: list[Callable[[Sequence[Any]], bool]] = [
+            eval(_source((relation,)), dict(_FUNCTIONS)) for relation in self.passed_over
+        ]
         self._narrowed: dict[Any, Callable[[Sequence[Any]], bool]] = {}
 
     def __call__(self, leaves: Sequence[torch.Tensor]) -> bool:
@@ -76,9 +78,7 @@ class ShapeConditions:
         if not self.passed_over:
             return ()
         shapes = [t.shape for t in leaves]
-        if self._as_traced(shapes):
-            return ()
-        return tuple(r for r in self.passed_over if not eval(_source((r,)), dict(_FUNCTIONS))(shapes))
+        return tuple(r for r, holds in zip(self.passed_over, self._as_traced, strict=True) if not holds(shapes))
 
     def minding(self, relations: Sequence[str]) -> ShapeConditions:
         """The same conditions, and these relations, which were passed over and matter."""

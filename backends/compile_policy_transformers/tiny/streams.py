@@ -79,7 +79,12 @@ def _codebooks(config: Any, inputs: Tensors, generator: torch.Generator) -> Tens
 def _from_start(config: Any, inputs: Tensors, new_tokens: int) -> Tensors:
     """What stands for a code that is not there yet is no code itself, and is taken away from what was written."""
     absent = config.vocab_size
-    return inputs | {"decoder_start_token_id": absent, "pad_token_id": absent, "num_return_sequences": 1}
+    return inputs | {
+        "decoder_start_token_id": absent,
+        "pad_token_id": absent,
+        "num_return_sequences": 1,
+        "num_beams": 1,
+    }
 
 
 _STREAMS = {

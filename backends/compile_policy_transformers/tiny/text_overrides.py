@@ -47,7 +47,7 @@ TEXT: dict[str, dict[str, Any]] = {
     "gpt_neo": {
         "attention_types": [[["global", "local"], 1]],
         "attention_layers": ["global", "local"],
-        "window_size": 8,
+        "window_size": 24,  # counted from the end of a static cache: a smaller one would leave nothing to attend to
     },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},  # 2 rounds of 3 and 1 through as many layers
