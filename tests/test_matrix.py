@@ -29,7 +29,7 @@ from compile_policy_transformers.matrix import (
     measure,
 )
 from compile_policy_transformers.matrix_requests import prompts_of
-from compile_policy_transformers.tiny import tiny_model
+from compile_policy_transformers.tiny import tiny_inputs, tiny_model
 from compile_policy_transformers.tiny.videos import VIDEOS
 
 VERSIONS = {"torch": "2.13.0", "transformers": "5.23.0"}
@@ -84,6 +84,15 @@ def test_what_padding_gives_does_not_count() -> None:
     whole = model(**prompt).logits
     assert len(found) == prompt["attention_mask"].sum() < whole.shape[0] * whole.shape[1]
     assert torch.equal(found[-1], whole[-1, -1])
+
+
+@torch.no_grad()
+def test_static_caches_are_as_long_in_both_passes() -> None:
+    """A model keeps the longest length it was asked for; gpt_neo counts the window of its local layers from the end."""
+    model = tiny_model("gpt_neo")
+    prompts = [tiny_inputs(model, text_len=tokens) for tokens in (8, 23)]
+    cell = _cells(model, prompts, "static", {"decoder": ("decoder",)})["decoder"]
+    assert (cell.state, cell.graphs) == ("ok", 1)
 
 
 class _Model(torch.nn.Module):
