@@ -6,7 +6,7 @@ A `Region` stands in front of one module instance. It never changes the module: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -19,21 +19,21 @@ from compile_policy.binder import FormBinder
 from compile_policy.binder import SignatureBinder as SignatureBinder
 from compile_policy.binder import StepBinder as StepBinder
 from compile_policy.call_key import Call, make_call
-from compile_policy.entries import Entries, PassingObstacle
-from compile_policy.entry import TOLERANCE, Entry
+from compile_policy.entries import PassingObstacle
+from compile_policy.entry import Entry
 from compile_policy.errors import NotCompilable, first_line
 from compile_policy.events import emit
 from compile_policy.failure import Failure, failure_of
 from compile_policy.options import RegionOptions as RegionOptions
 from compile_policy.plan import ComponentReport
-from compile_policy.proof import misfit
+from compile_policy.proved import ProvedEntries
 from compile_policy.reference import ChangesItself
 from compile_policy.sentinel import TOLERANCE as SENTINEL_TOLERANCE
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
-class Region(Entries):
+class Region(ProvedEntries):
     """One compiled component instance: the way of its calls to its entries, or to eager."""
 
     #: What a call does instead while a profiler of torch is on; given by `compile_policy.trace`.
@@ -57,7 +57,6 @@ class Region(Entries):
         self.changes_itself: dict[bool, str] = {}  # by training flag
         self.steps = binder if isinstance(binder, StepBinder) else None
         self.forms = binder if isinstance(binder, FormBinder) else None
-        self.proved: dict[tuple[int, Hashable], str] = {}  # by entry and form: what speaks against it
         self.forced_eager = 0
         self.calls = self.eager_calls = 0
         self.fallback: str | None = None
@@ -96,8 +95,8 @@ class Region(Entries):
         call: Call | None = None
         try:
             form = None if self.forms is None else self.forms.form(args, kwargs)  # as given: binding fills lazy caches
-            call = self._bind(args, kwargs)
-            entry = self._proved(args, kwargs, call, form)
+            call = self.bind(args, kwargs)
+            entry = self.proved_entry(args, kwargs, call, form)
             if sampled:
                 self._compare(args, kwargs, entry)
             result = self._guarded(entry, call)
@@ -110,62 +109,14 @@ class Region(Entries):
             return result
         return self._eager(why, call, self.module.forward, *args, **kwargs)
 
-    def _proved(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call, form: tuple[Hashable, Any] | None
-    ) -> Entry:
-        """The entry for a call, proved for its form, and for sizes for which tracing was told what does not hold."""
-        entry = self.find(call) or self.obtain(call)
-        unlike = entry.graph.accepts.unlike(call.leaves)
-        if not unlike:
-            if form is not None:
-                self._prove(args, kwargs, entry, *form)
-            return entry
-        kind, rows = form or (None, None)
-        try:
-            self._prove(args, kwargs, entry, (kind, unlike), rows)
-        except PassingObstacle:
-            if self.shelf is not None:  # where the entry would be found again as it is
-                raise
-            entry.graph.accepts = entry.graph.accepts.minding(unlike)
-            return self._proved(args, kwargs, call, form)
-        return entry
-
-    def _prove(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry, form: Hashable, rows: torch.Tensor | None
-    ) -> None:
-        """Refuse a form of call for which the graph is not what the component's own forward is; looked at once."""
-        place = (entry.number, form)
-        if place not in self.proved and self.shelf is not None and self.shelf.proved(entry, form):
-            self.proved[place] = ""
-        if place not in self.proved:
-            self.proved[place] = self._misfit(args, kwargs, entry, rows, TOLERANCE)
-            if self.shelf is not None and not self.proved[place]:
-                self.shelf.note_proof(entry, form)
-        if self.proved[place]:
-            raise PassingObstacle(f"the graph does not fit calls of this form: {self.proved[place]}")
-
     def _compare(self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry) -> None:
         """Compare a sampled call with eager; a component that is wrong once runs eager from then on."""
         rows = None if self.forms is None else self.forms.form(args, kwargs)[1]
-        reason = self._misfit(args, kwargs, entry, rows, SENTINEL_TOLERANCE)
+        reason = self.misfit(args, kwargs, entry, rows, SENTINEL_TOLERANCE)
         if reason:
             self.condemned = f"the compiled graph is wrong: {reason}"
             emit("sentinel", self.name, f"turned off: {reason}", reason=reason, calls=self.calls)
             raise NotCompilable(self.condemned, remedy="Report the model and the versions; it runs eager until then.")
-
-    def _misfit(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        entry: Entry,
-        rows: torch.Tensor | None,
-        tolerance: Mapping[torch.dtype, float],
-    ) -> str:
-        self.building.now = True
-        try:
-            return misfit(self.module, args, kwargs, lambda a, k: entry.run(self._bind(a, k)), rows, tolerance)
-        finally:
-            self.building.now = False
 
     @staticmethod
     def _guarded(entry: Entry, call: Call) -> Any:
@@ -179,7 +130,7 @@ class Region(Entries):
                 raise
             raise PassingObstacle(f"the compiled graph failed with {type(error).__name__}: {error}") from error
 
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         try:
             bound = self.binder.bind(self.module, args, kwargs)
             structure = self._structure(look_again=bound.boundary or self.options.check_every_call)

@@ -107,7 +107,7 @@ def test_a_component_that_does_not_fit_is_refused(saved: tuple[Region, list[Even
     """A missing tensor, another shape, dtype or stride: named, and no native code is loaded for it."""
     region = saved[0]
     files = to_files(entry_of(region), region.module)
-    call = region._bind((torch.rand(3, 4),), {})
+    call = region.bind((torch.rand(3, 4),), {})
     assert from_files(files, region.module, call) is not None
     other = Scales()
     del other.offset
@@ -139,7 +139,7 @@ def test_a_component_that_does_not_fit_is_refused(saved: tuple[Region, list[Even
 def test_what_cannot_be_used_is_compiled_again(store: Store, saved: tuple[Region, list[Event]], name: str) -> None:
     """A verified artifact that is nonsense all the same: a miss with the reason, the artifact set aside."""
     region = saved[0]
-    call = region._bind((torch.rand(3, 4),), {})
+    call = region.bind((torch.rand(3, 4),), {})
     shelf = region_for(Scales(), store).shelf
     assert shelf is not None
     place = shelf.place(call)
@@ -166,7 +166,7 @@ def test_what_cannot_be_used_is_compiled_again(store: Store, saved: tuple[Region
 def test_what_is_not_saved_is_said_once(store: Store, saved: tuple[Region, list[Event]]) -> None:
     """A graph of the run-time compiler; a tensor that has no place in the component."""
     region, entry = saved[0], entry_of(saved[0])
-    call = region._bind((torch.rand(3, 4),), {})
+    call = region.bind((torch.rand(3, 4),), {})
     shelf = region.shelf
     assert shelf is not None
     place = shelf.place(call)
@@ -242,6 +242,6 @@ def test_settings_of_inductor_have_no_place_in_them() -> None:
 def test_keys_of_the_store_take_the_factors() -> None:
     """Factors are JSON, nested by what they are about."""
     region = region_for(Scales(), None)
-    call = region._bind((torch.rand(3, 4),), {})
+    call = region.bind((torch.rand(3, 4),), {})
     factors = entry_factors(region.module, call, {"backend": "inductor"}, region.binder)
     assert ArtifactKey(factors) == ArtifactKey(json.loads(json.dumps(factors)))

@@ -69,7 +69,7 @@ def region_for(module: nn.Module, dims: dict[int, str | None] | None = None) -> 
 def factors(module: nn.Module, x: torch.Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
     region = region_for(module, kwargs.pop("dims", None))
     options = kwargs.pop("options", {"backend": "inductor"})
-    call = region._bind((torch.ones(3, 4) if x is None else x,), kwargs)
+    call = region.bind((torch.ones(3, 4) if x is None else x,), kwargs)
     return {**entry_factors(module, call, options, region.binder), **label_factors(call, call.labels)}
 
 

@@ -10,10 +10,8 @@ Nothing here can make a call fail: what cannot be read is a miss, what cannot be
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,46 +22,16 @@ from compile_policy.entry import Entry
 from compile_policy.events import emit
 from compile_policy.saving.factors import entry_factors, label_factors, variants
 from compile_policy.saving.form import Unsaveable, from_files, to_files
+from compile_policy.saving.index import INDEX, Factors, Index, index_key
 from compile_policy.saving.replicas import OF_RANKS, is_replica
-from compile_policy.saving.sources import SourceChanged, TracedCode, state_of, watched_at, watched_places
+from compile_policy.saving.sources import SourceChanged, TracedCode, watched_at, watched_places
 from compile_policy.saving.stable import Stable, Unstable, digest, ignored_names
 from compile_policy.shapes import Labels
 
-Factors = Mapping[str, JSON]
-_INDEX = "index.json"
 #: The environment: code that reads it may differ in every process.
 _OUTSIDE = frozenset({"environ", "getenv"})
 #: So many factors are named by a miss.
 _NAMED = 4
-
-
-@dataclass
-class Index:
-    """What of the code mattered to the entries under one set of factors.
-
-    Attributes:
-        modules: those whose text was traced; ``places``: globals that this code names.
-        proved: per entry the forms of call that were compared with eager.
-    """
-
-    modules: set[str] = field(default_factory=set)
-    places: set[str] = field(default_factory=set)
-    proved: dict[str, set[str]] = field(default_factory=dict)
-
-    def key(self, factors: Factors) -> ArtifactKey:
-        """The key of the entry that fits the code as it is now."""
-        return ArtifactKey({**factors, "kind": "entry", "code": state_of(self.modules, self.places)})
-
-    def encode(self) -> bytes:
-        proved = {key: sorted(forms) for key, forms in self.proved.items()}
-        values = {"modules": sorted(self.modules), "places": sorted(self.places), "proved": proved}
-        return json.dumps(values).encode()
-
-    @classmethod
-    def decode(cls, text: bytes) -> Index:
-        values = json.loads(text)
-        proved = {str(key): set(forms) for key, forms in values["proved"].items()}
-        return cls(set(values["modules"]), set(values["places"]), proved)
 
 
 class Shelf:
@@ -84,6 +52,7 @@ class Shelf:
         self.binder = binder
         self.name = name
         self._keys: dict[int, tuple[Factors, str]] = {}  # by id of the entry, which lives as long as its region
+        self._minded: dict[str, set[str]] = {}  # where the store cannot be written
         self._said: set[str] = set()
         self.alone = False  # the other ranks did not come once
 
@@ -121,13 +90,26 @@ class Shelf:
             index.proved.setdefault(key, set()).add(_form(form))
             self.write_index(factors, index)
 
+    def note_minded(self, entry: Entry, relations: Sequence[str]) -> None:
+        """Remember, here and beside the artifact, relations between sizes that an entry does not hold without."""
+        if id(entry) in self._keys:
+            factors, key = self._keys[id(entry)]
+            self._minded.setdefault(key, set()).update(relations)
+            index = self.index(factors) or Index()
+            index.minded.setdefault(key, set()).update(relations)
+            self.write_index(factors, index)
+
+    def minded(self, index: Index, key: ArtifactKey) -> set[str]:
+        """The relations that were noted for an artifact."""
+        return index.minded.get(key.digest, set()) | self._minded.get(key.digest, set())
+
     def keep(self, entry: Entry, factors: Factors, key: ArtifactKey) -> None:
         """Remember which artifact an entry is."""
         self._keys[id(entry)] = (factors, key.digest)
 
     def index(self, factors: Factors) -> Index | None:
-        found = self.store.load(_index_key(factors))
-        return None if isinstance(found, Miss) else Index.decode(found.files[_INDEX])
+        found = self.store.load(index_key(factors))
+        return None if isinstance(found, Miss) else Index.decode(found.files[INDEX])
 
     def artifacts_of(self, entry: Entry) -> list[tuple[ArtifactKey, Artifact]]:
         """What another store needs to have this entry; nothing when it isn't stored."""
@@ -135,7 +117,7 @@ class Shelf:
         index = self.index(factors) if digest else None
         if index is None:
             return []
-        keys = [_index_key(factors), index.key(factors)]
+        keys = [index_key(factors), index.key(factors)]
         found = [(key, self.store.load(key)) for key in keys]
         return [(k, a) for k, a in found if isinstance(a, Artifact)] if keys[1].digest == digest else []
 
@@ -144,19 +126,16 @@ class Shelf:
         if meta["kind"] != "index":
             self.store.save(ArtifactKey(factors), files, meta)
             return
-        index, theirs = self.index(factors) or Index(), Index.decode(files[_INDEX])
-        index.modules |= theirs.modules
-        index.places |= theirs.places
-        for key, forms in theirs.proved.items():
-            index.proved.setdefault(key, set()).update(forms)
+        index = self.index(factors) or Index()
+        index.add(Index.decode(files[INDEX]))
         self.write_index(factors, index)
 
     def write_index(self, factors: Factors, index: Index) -> bool:
         """Replace an index. Two processes that do so at once cost each other a line, which is found again."""
-        key = _index_key(factors)
+        key = index_key(factors)
         with contextlib.suppress(OSError):
             self.store.remove(key.digest)
-        return self.store.save(key, {_INDEX: index.encode()}, {"component": self.name, "kind": "index"})
+        return self.store.save(key, {INDEX: index.encode()}, {"component": self.name, "kind": "index"})
 
 
 class Place:
@@ -182,7 +161,7 @@ class Place:
             started = time.perf_counter()
             index = self.shelf.index(factors)
             if index is None:
-                reasons.append(self._nearest(_index_key(factors)))
+                reasons.append(self._nearest(index_key(factors)))
                 continue
             key = index.key(factors)
             found = self.shelf.store.load(key)
@@ -195,7 +174,7 @@ class Place:
                 reasons.append(str(error) if isinstance(error, Unsaveable) else f"{type(error).__name__}: {error}")
                 self.shelf.store.discard(key, "load")  # the new one takes its place
                 continue
-            if entry is None:
+            if entry is None or not self._holds(entry, self.shelf.minded(index, key)):
                 reasons.append("what is stored holds for other sizes")
                 continue
             entry.graph.watched = watched_at(index.places)
@@ -207,6 +186,12 @@ class Place:
             emit("miss", self.shelf.name, f"not in the store: {reasons[0]}", reason=reasons[0])
         self._missed = True
         return None
+
+    def _holds(self, entry: Entry, minded: set[str]) -> bool:
+        """Whether a loaded entry is one for this call when it minds these of the relations that it passed over."""
+        accepts = entry.graph.accepts
+        entry.graph.accepts = accepts.minding([r for r in accepts.passed_over if r in minded]) if minded else accepts
+        return entry.graph.accepts(self.call.leaves)
 
     def _nearest(self, key: ArtifactKey) -> str:
         """What differs from the artifact that comes nearest."""
@@ -235,10 +220,6 @@ class Place:
         if shelf.store.save(key, files, meta) and shelf.write_index(factors, index):
             shelf.keep(entry, factors, key)
             emit("saved", shelf.name, "saved for the next process", key=key.digest)
-
-
-def _index_key(factors: Factors) -> ArtifactKey:
-    return ArtifactKey({**factors, "kind": "index"})
 
 
 def _code(entry: Entry, *, replica: bool = False) -> TracedCode:
