@@ -15,7 +15,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 import compile_policy as cp
-from compile_policy_transformers.token_ids import layers_read_ids
+from compile_policy_transformers.token_ids import layers_read_ids, more_than_embeddings
 
 
 class RoutesByIds(LlamaModel):
@@ -97,6 +97,54 @@ def test_only_what_has_to_is_given_ids() -> None:
     needs, may = model_with(RoutesByIds), model_with(MayDoWithout)
     assert layers_read_ids(needs.model) and not layers_read_ids(may.model)
     assert not layers_read_ids(LlamaModel(small_config()))
+
+
+class ScalesItsOwn(LlamaModel):
+    """Makes other embeddings of ids than those that it is given (Falcon H1)."""
+
+    factor = 3.0
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids) * self.factor
+        return super().forward(
+            None, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
+        )
+
+
+class ScalesByOne(ScalesItsOwn):
+    factor = 1.0
+
+
+def test_ids_and_embeddings_are_two_graphs_where_ids_are_more() -> None:
+    """A call with either gives what eager gives, for every length; one graph is enough where they are the same."""
+    model: Any = model_with(ScalesItsOwn)
+    assert more_than_embeddings(model.model)
+    for other in (model_with(ScalesByOne), model_with(LlamaModel)):
+        assert not more_than_embeddings(other.model)
+    with torch.no_grad():
+        table = model.get_input_embeddings()
+        calls: list[dict[str, Any]] = []
+        for ids in (torch.tensor([[8, 9, 10]]), torch.tensor([[11, 12], [13, 14]]), torch.tensor([[7]])):
+            calls += [{"input_ids": ids}, {"inputs_embeds": table(ids)}]
+        want = [model(**call).logits for call in calls]
+        texts = [model.generate(calls[0]["input_ids"], max_new_tokens=5, do_sample=False)]
+        cp.apply(model, cp.CompilationConfig(backend="eager"))
+        for call, logits in zip(calls, want, strict=True):
+            torch.testing.assert_close(model(**call).logits, logits)
+        texts.append(model.generate(calls[0]["input_ids"], max_new_tokens=5, do_sample=False))
+    assert torch.equal(*texts)
+    report = next(c for c in cp.report(model).components if c.role == "decoder")
+    assert (report.graphs, report.eager_calls) == (2, 0), report.fallback
 
 
 class NoEmbeddings(LlamaModel):

@@ -45,7 +45,7 @@ from compile_policy_transformers.positions import OwnPositions
 from compile_policy_transformers.recipes import traceable_layers
 from compile_policy_transformers.recurrent_mixers import RecurrentDecoder
 from compile_policy_transformers.repeat import DecodeSteps, Step
-from compile_policy_transformers.token_ids import IDS, TokenIds, layers_read_ids, takes_embeddings
+from compile_policy_transformers.token_ids import IDS, TokenIds, layers_read_ids, more_than_embeddings, takes_embeddings
 
 #: Visual tokens are some of the example's 2 x 3 positions.
 _EXAMPLE_SIZES = {"batch": 2, "sequence": 3, "visual_tokens": 5}
@@ -72,7 +72,7 @@ class DecoderBinder:
         behind = "inputs_embeds" not in self.parameters and next(iter(self.parameters), "") == _BEHIND
         self.embeds_name = _BEHIND if behind else "inputs_embeds"
         self.by_ids: bool | None = None  # not known yet
-        self.only_ids = False
+        self.only_ids = self.more_by_ids = False
         self.shapes: dict[torch.dtype, list[cache_layers.LayerShape]] = {}
         self.own_positions = OwnPositions(decoder)
         self.lengths = Lengths(config)
@@ -103,6 +103,7 @@ class DecoderBinder:
         if self.by_ids is None:
             self.only_ids = not takes_embeddings(module, self.embeds_name)
             self.by_ids = not self.only_ids and layers_read_ids(module)
+            self.more_by_ids = not self.only_ids and not self.by_ids and more_than_embeddings(module)
         if self.only_ids:
             raise NotCompilable(f"{_forward_of(module)} takes token ids and no embeddings of them", remedy=_NO_TOKENS)
         if self.by_ids and tokens is None:
@@ -142,7 +143,7 @@ class DecoderBinder:
         label = DecoderLabels(
             batch, length, cache, padding=self.rule.padding_mask, kinds=self.kinds, alike=self.rule.alike
         )
-        self._own_names(values, tokens)
+        self._own_names(values, tokens, by_ids=self.by_ids or (self.more_by_ids and tokens is not None))
         ordered = {name: values[name] for name in sorted(values) if values[name] is not None}
         finish = with_mask(given_mask, embeds, cache) if self.rule.returns_mask else None
         return Bound(
@@ -174,7 +175,7 @@ class DecoderBinder:
         alike = (
             call.finish is None and self.embeds_name == "inputs_embeds" and not (self.own_positions or self.seen.layers)
         )
-        alike = alike and not self.by_ids
+        alike = alike and self.embeds_name in call.values
         if alike and not isinstance(call.values.get("past_key_values"), PairCall):
             self.steps.remember(kwargs, call, entry, here, self, module)
 
@@ -186,11 +187,11 @@ class DecoderBinder:
             values["inputs_embeds"] = values.pop(self.embeds_name)
         return values
 
-    def _own_names(self, values: dict[str, Any], tokens: torch.Tensor | None = None) -> None:
-        """Name the arguments as the decoder does; one whose layers read token ids is given ``tokens``, or any."""
+    def _own_names(self, values: dict[str, Any], tokens: torch.Tensor | None = None, *, by_ids: bool = False) -> None:
+        """Name the arguments as the decoder does; ``by_ids``: of ``tokens``, or of any, in place of embeddings."""
         self.recurrent.name_cache(values)
         embeds = values.pop("inputs_embeds")
-        if self.by_ids:
+        if by_ids:
             values[IDS] = embeds.new_zeros(embeds.shape[:2], dtype=torch.long) if tokens is None else tokens
         else:
             values[self.embeds_name] = embeds
@@ -254,7 +255,7 @@ class DecoderBinder:
     def _shapes_after(self, module: torch.nn.Module, call: Mapping[str, Any]) -> list[cache_layers.LayerShape]:
         cache = cache_layers.fresh_cache(self.config, call.get("encoder_hidden_states") is not None)
         values = {**call, "past_key_values": cache, "use_cache": True}
-        self._own_names(values)
+        self._own_names(values, by_ids=bool(self.by_ids))
         with torch.no_grad():
             module.forward(**values)
         own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache

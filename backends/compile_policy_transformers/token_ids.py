@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
-from compile_policy.reference import preserved
+from compile_policy.reference import preserved, relative_error
 from compile_policy_transformers.decoder_rules import DecoderRule
 from compile_policy_transformers.known_code import tree_of
 
 IDS = "input_ids"
+#: Two ways to the same embeddings; scaled ones differ by far more.
+_ALIKE = 1e-5
 
 
 class TokenIds:
@@ -57,6 +59,18 @@ def layers_read_ids(decoder: Any) -> bool:
     return _hands_on_ids(decoder) and not _runs(decoder, embedded=True) and _runs(decoder, embedded=False)
 
 
+def more_than_embeddings(decoder: Any) -> bool:
+    """Whether a decoder that is given ids does something else than embed them, such as to scale the embeddings.
+
+    Then a call with ids is a graph of ids, and one with embeddings, which it takes as they are, one of embeddings. Its
+    forward shows whether that may be; three tokens show whether it is so.
+    """
+    if not _embeds_otherwise(decoder):
+        return False
+    by_ids, embedded = (_run(decoder, embedded=embedded) for embedded in (False, True))
+    return by_ids is not None and embedded is not None and relative_error(by_ids, embedded) > _ALIKE
+
+
 def takes_embeddings(decoder: Any, name: str) -> bool:
     """Whether a decoder can be given embeddings in place of ids: in an argument ``name``, or by way of others."""
     known = inspect.signature(decoder.forward).parameters
@@ -71,13 +85,47 @@ def _hands_on_ids(decoder: Any) -> bool:
     return any(isinstance(value, ast.Name) and value.id == IDS for value in given)
 
 
+def _embeds_otherwise(decoder: Any) -> bool:
+    """Whether more is assigned in the forward than one thing that a part of it makes of ids, and what they are."""
+    tree = tree_of(type(decoder).forward)
+    assigned = [n.value for n in ast.walk(tree) if isinstance(n, ast.Assign)] if tree is not None else []
+    of_ids = [value for value in assigned if _names_ids(value)]
+    return sum(isinstance(value, ast.Call) for value in of_ids) > 1 or not all(map(_only_embeds, of_ids))
+
+
+def _names_ids(tree: ast.AST) -> bool:
+    return any(isinstance(n, ast.Name) and n.id == IDS for n in ast.walk(tree))
+
+
+def _only_embeds(value: ast.expr) -> bool:
+    match value:
+        case ast.Call(func=ast.Attribute(value=of), args=[ast.Name(id="input_ids")], keywords=[]):
+            return not _names_ids(of)
+        case (
+            ast.Attribute()
+            | ast.Call(func=ast.Attribute(value=ast.Name(id="input_ids")))
+            | ast.Subscript()
+            | ast.Name()
+        ):
+            return True  # its sizes, its device, another shape
+        case ast.IfExp(body=body, orelse=other):
+            return _only_embeds(body) and _only_embeds(other)
+    return not _names_ids(value)
+
+
 def _runs(decoder: Any, *, embedded: bool) -> bool:
-    """Whether the decoder runs on two tokens, or on their embeddings."""
-    ids = torch.zeros((1, 2), dtype=torch.long, device=next(decoder.parameters()).device)
+    return _run(decoder, embedded=embedded) is not None
+
+
+def _run(decoder: Any, *, embedded: bool) -> torch.Tensor | None:
+    """What comes out for three tokens, or for their embeddings; ``None`` where the decoder does not run on them."""
+    device = next(decoder.parameters()).device
+    ids = torch.arange(3, device=device)[None]
     with torch.no_grad(), preserved(decoder):
         try:
+            torch.manual_seed(0)  # of dropout, while it is trained
             call = {"inputs_embeds": decoder.get_input_embeddings()(ids)} if embedded else {IDS: ids}
-            decoder.forward(**call, use_cache=False)
+            out: torch.Tensor = decoder.forward(**call, use_cache=False)[0]
         except Exception:
-            return False
-    return True
+            return None
+    return out
