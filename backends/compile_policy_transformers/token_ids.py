@@ -15,6 +15,7 @@ from compile_policy_transformers.known_code import tree_of
 IDS = "input_ids"
 #: Two ways to the same embeddings; scaled ones differ by far more.
 _ALIKE = 1e-5
+_SOME = 16
 
 
 class TokenIds:
@@ -120,7 +121,8 @@ def _runs(decoder: Any, *, embedded: bool) -> bool:
 def _run(decoder: Any, *, embedded: bool) -> torch.Tensor | None:
     """What comes out for three tokens, or for their embeddings; ``None`` where the decoder does not run on them."""
     device = next(decoder.parameters()).device
-    ids = torch.arange(3, device=device)[None]
+    special = [value for name, value in vars(decoder.config).items() if name.endswith("_token_id")]  # such as padding
+    ids = torch.tensor([[n for n in range(_SOME) if n not in special][:3]], device=device)
     with torch.no_grad(), preserved(decoder):
         try:
             torch.manual_seed(0)  # of dropout, while it is trained
