@@ -147,6 +147,47 @@ def test_ids_and_embeddings_are_two_graphs_where_ids_are_more() -> None:
     assert (report.graphs, report.eager_calls) == (2, 0), report.fallback
 
 
+class LooksUp(ScalesItsOwn):
+    """Wants to know which tokens embeddings are of (Gemma 4)."""
+
+    factor = 1.0
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if input_ids is None:
+            assert inputs_embeds is not None
+            found = (inputs_embeds[:, :, None, :] == self.embed_tokens.weight).all(dim=3)
+            if not found.any(dim=2).all():
+                raise ValueError("these are the embeddings of no tokens")
+            input_ids = found.long().argmax(dim=2)
+        inputs_embeds = self.embed_tokens(input_ids) * (1 + torch.tanh(input_ids[..., None] / 9))
+        return LlamaModel.forward(
+            self, None, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
+        )
+
+
+def test_ids_of_a_decoder_that_looks_up_what_embeddings_are_of() -> None:
+    """Made-up embeddings are none that it takes; a graph of ids needs none."""
+    model: Any = model_with(LooksUp)
+    assert more_than_embeddings(model.model)
+    prompts = [torch.tensor([[8, 9, 10]]), torch.tensor([[11, 12], [13, 14]])]
+    wish = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad():
+        want = [model.generate(ids, **wish).logits for ids in prompts]
+        cp.apply(model, cp.CompilationConfig(backend="eager"))
+        torch.testing.assert_close([model.generate(ids, **wish).logits for ids in prompts], want)
+    report = next(c for c in cp.report(model).components if c.role == "decoder")
+    assert (report.graphs, report.eager_calls) == (1, 0), report.fallback
+
+
 class NoEmbeddings(LlamaModel):
     def forward(  # type: ignore[override]
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any

@@ -63,13 +63,16 @@ def layers_read_ids(decoder: Any) -> bool:
 def more_than_embeddings(decoder: Any) -> bool:
     """Whether a decoder that is given ids does something else than embed them, such as to scale the embeddings.
 
-    Then a call with ids is a graph of ids, and one with embeddings, which it takes as they are, one of embeddings. Its
-    forward shows whether that may be; three tokens show whether it is so.
+    Or it looks up which ids given embeddings are of, and takes no others (Gemma 4). Then a call with ids is a graph of
+    ids, and one with embeddings, which it takes as they are, one of embeddings. Its forward shows whether that may be;
+    three tokens show whether it is so.
     """
     if not _embeds_otherwise(decoder):
         return False
-    by_ids, embedded = (_run(decoder, embedded=embedded) for embedded in (False, True))
-    return by_ids is not None and embedded is not None and relative_error(by_ids, embedded) > _ALIKE
+    by_ids, embedded, of_no_ids = (_run(decoder, embedded=times) for times in (0.0, 1.0, 0.5))
+    if by_ids is None or embedded is None:
+        return False
+    return of_no_ids is None or relative_error(by_ids, embedded) > _ALIKE
 
 
 def takes_embeddings(decoder: Any, name: str) -> bool:
@@ -115,18 +118,19 @@ def _only_embeds(value: ast.expr) -> bool:
 
 
 def _runs(decoder: Any, *, embedded: bool) -> bool:
-    return _run(decoder, embedded=embedded) is not None
+    return _run(decoder, embedded=float(embedded)) is not None
 
 
-def _run(decoder: Any, *, embedded: bool) -> torch.Tensor | None:
-    """What comes out for three tokens, or for their embeddings; ``None`` where the decoder does not run on them."""
+def _run(decoder: Any, *, embedded: float) -> torch.Tensor | None:
+    """What comes out for three tokens, or for their embeddings times a factor; ``None`` where it does not run."""
     device = next(decoder.parameters()).device
     special = [value for name, value in vars(decoder.config).items() if name.endswith("_token_id")]  # such as padding
     ids = torch.tensor([[n for n in range(_SOME) if n not in special][:3]], device=device)
     with torch.no_grad(), preserved(decoder):
         try:
             torch.manual_seed(0)  # of dropout, while it is trained
-            call = {"inputs_embeds": decoder.get_input_embeddings()(ids)} if embedded else {IDS: ids}
+            embeds = decoder.get_input_embeddings()(ids) * embedded if embedded else None
+            call = {IDS: ids} if embeds is None else {"inputs_embeds": embeds}
             out: torch.Tensor = decoder.forward(**call, use_cache=False)[0]
         except Exception:
             return None
