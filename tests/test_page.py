@@ -260,8 +260,9 @@ def opened(browser: Page, text: str, tmp_path: Path) -> Iterator[Page]:
     assert browser.js("document.querySelectorAll('img').length") == 0
 
 
-def _inspector(page: Page) -> str:
-    return str(page.js("document.querySelector('.inspector').textContent"))
+def _shows(page: Page, text: str) -> None:
+    """Wait until the inspector has ``text``: it is drawn after the address has changed."""
+    page.wait(f"document.querySelector('.inspector')?.textContent.includes({json.dumps(text)})")
 
 
 @pytest.mark.slow
@@ -272,11 +273,11 @@ def test_from_an_operation_to_its_kernel_and_back(opened: Page) -> None:
     if not opened.js("[...document.querySelectorAll('.title')].some((t) => t.textContent.startsWith('silu'))"):
         opened.click(".row.module")
     opened.js("[...document.querySelectorAll('.row.op')].find((r) => r.title.includes('silu')).click()")
-    assert "gate = torch.nn.functional.silu(self.linear(x))" in _inspector(opened)
-    assert "aten." in _inspector(opened)
+    _shows(opened, "gate = torch.nn.functional.silu(self.linear(x))")
+    _shows(opened, "aten.")
     opened.click(".inspector .kernel")
     opened.wait("location.hash.includes('/kernels/')")
-    assert "extern" in _inspector(opened)
+    _shows(opened, "extern")
     opened.click(".tabs a[href$='/kernels']")  # from the list of kernels:
     opened.wait("document.querySelector('.kernels .row') !== null")
     opened.js("[...document.querySelectorAll('.kernels .row')].find((r) => r.title.includes('silu')).click()")  # one
@@ -298,7 +299,7 @@ def test_search_with_the_keyboard(opened: Page) -> None:
     opened.key("ArrowDown")
     opened.key("Enter")
     opened.wait("location.hash.includes('/graph/')")
-    assert "silu" in _inspector(opened)
+    _shows(opened, "silu")
     opened.key("ArrowDown")
     assert opened.js("document.querySelectorAll('.row[aria-selected=true]').length") == 1
 
