@@ -114,11 +114,13 @@ class ScalesItsOwn(LlamaModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids) * self.factor
+        inputs_embeds = self.embedded(input_ids, inputs_embeds)
         return super().forward(
             None, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
         )
+
+    def embedded(self, ids: torch.Tensor | None, embeds: torch.Tensor | None) -> torch.Tensor:
+        return self.embed_tokens(ids) * self.factor if embeds is None else embeds
 
 
 class ScalesByOne(ScalesItsOwn):
@@ -150,28 +152,14 @@ def test_ids_and_embeddings_are_two_graphs_where_ids_are_more() -> None:
 class LooksUp(ScalesItsOwn):
     """Wants to know which tokens embeddings are of (Gemma 4)."""
 
-    factor = 1.0
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if input_ids is None:
-            assert inputs_embeds is not None
-            found = (inputs_embeds[:, :, None, :] == self.embed_tokens.weight).all(dim=3)
+    def embedded(self, ids: torch.Tensor | None, embeds: torch.Tensor | None) -> torch.Tensor:
+        if ids is None:
+            assert embeds is not None
+            found = (embeds[:, :, None, :] == self.embed_tokens.weight).all(dim=3)
             if not found.any(dim=2).all():
                 raise ValueError("these are the embeddings of no tokens")
-            input_ids = found.long().argmax(dim=2)
-        inputs_embeds = self.embed_tokens(input_ids) * (1 + torch.tanh(input_ids[..., None] / 9))
-        return LlamaModel.forward(
-            self, None, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
-        )
+            ids = found.long().argmax(dim=2)
+        return self.embed_tokens(ids) * (1 + torch.tanh(ids[..., None] / 9))
 
 
 def test_ids_of_a_decoder_that_looks_up_what_embeddings_are_of() -> None:
