@@ -265,7 +265,7 @@ def test_an_unknown_architecture(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_architecture_that_is_not_in_the_page(capsys: pytest.CaptureFixture[str]) -> None:
-    """Any that Transformers can generate with is measured by its name."""
+    """Any causal language model of Transformers is measured by its name."""
     assert "stablelm" not in matrix_types()
     assert main(["matrix", "stablelm", "--here", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]

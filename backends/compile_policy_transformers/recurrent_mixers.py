@@ -91,8 +91,7 @@ class RecurrentDecoder:
     Attributes:
         cache_name: the argument that its cache comes in.
         alone: it has no other kind of layer, and so takes a padding mask where others take a mapping.
-        make_masks: makes the masks of a call: Transformers' own function (``stock_masks``), or that of the decoder's
-            Python module.
+        make_masks: makes the masks of a call: Transformers' own function, or that of the decoder's Python module.
     """
 
     def __init__(self, decoder: torch.nn.Module) -> None:
@@ -104,8 +103,12 @@ class RecurrentDecoder:
         kinds = set(getattr(getattr(decoder, "config", None), "layer_types", None) or ())
         alone = recurrent or (kinds and kinds <= {*RECURRENT})  # one that makes no mask hands on what it is given
         self.alone = bool(alone) and "create_causal_mask" not in names and "dict" not in names
-        own = _own_masks(decoder) if recurrent else None
-        self.make_masks, self.stock_masks = own or create_masks_for_generate, own is None
+        self.make_masks = (_own_masks(decoder) if recurrent else None) or create_masks_for_generate
+
+    @property
+    def stock_masks(self) -> bool:
+        """Whether Transformers' own function makes them."""
+        return self.make_masks is create_masks_for_generate
 
     def name_cache(self, values: dict[str, Any]) -> None:
         if self.cache_name != "past_key_values" and "past_key_values" in values:

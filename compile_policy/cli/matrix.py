@@ -23,7 +23,7 @@ from compile_policy.cli.terminal import Terminal
 from compile_policy.errors import InputError
 
 Row = dict[str, Any]
-_TYPES = "Architectures, any that generates text; those of docs/models.md when left out."
+_TYPES = "Multimodal or causal language models, by type; those of docs/models.md when left out."
 Types = Annotated[list[str] | None, typer.Argument(metavar="[TYPES]...", help=_TYPES)]
 Out = Annotated[Path | None, typer.Option("--out", help="Write the page here, such as docs/models.md.")]
 Check = Annotated[Path | None, typer.Option("--check", help="Fail where this page differs from what is measured.")]
@@ -90,7 +90,11 @@ def _wanted(session: Session, types: list[str] | None) -> list[str]:
     for name in types:
         if name not in known:
             near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.5))
-            remedy = f"Did you mean {near}?" if near else "Names are Transformers' model types, such as qwen2_5_vl."
+            remedy = (
+                f"Did you mean {near}?"
+                if near
+                else "Names are types of multimodal and causal language models, such as qwen2_5_vl."
+            )
             raise InputError(f"No architecture {name!r}.", remedy=remedy)
     return sorted(set(types))
 
