@@ -25,6 +25,7 @@ from torch.nn.modules import module as module_hooks
 from torch.utils._device import DeviceContext
 from torch.utils.hooks import RemovableHandle
 
+from compile_policy.compat_precision import matmul_precision
 from compile_policy.errors import EnvironmentNotSupported
 
 #: Oldest versions that the tests have passed on.
@@ -42,7 +43,7 @@ _GLOBAL_HOOKS: tuple[Mapping[int, Any], ...] = (
 dict_version: Callable[[dict[Any, Any]], int] = _dict_version  # raised by every write to a dict
 _is_grad_enabled, _is_inference_mode = torch.is_grad_enabled, torch.is_inference_mode_enabled
 _any_autocast, _default_dtype = torch._C._is_any_autocast_enabled, torch.get_default_dtype
-_deterministic, _matmul_precision = torch._C._get_deterministic_algorithms, torch._C._get_float32_matmul_precision
+_deterministic = torch._C._get_deterministic_algorithms
 _function_modes, _dispatch_modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
 _functorch_level, _jit_tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
 _global_pre, _global_after, _global_backward_pre, _global_backward = _GLOBAL_HOOKS
@@ -183,7 +184,7 @@ def modes() -> tuple[tuple[str, Any], ...]:
         ("default dtype", torch.get_default_dtype()),
         ("default device", _default_devices()),
         ("deterministic algorithms", torch._C._get_deterministic_algorithms()),
-        ("float32 matmul precision", torch._C._get_float32_matmul_precision()),
+        ("float32 matmul precision", matmul_precision()),
     )
 
 
@@ -199,7 +200,7 @@ def ambient(module: torch.nn.Module) -> tuple[Any, ...]:
         _any_autocast() and autocast_state(),
         _default_dtype(),
         _deterministic(),
-        _matmul_precision(),
+        matmul_precision(),
         _function_modes() and _function_mode_names(),
         _dispatch_modes(),
         _functorch_level(),

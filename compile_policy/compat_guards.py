@@ -20,6 +20,8 @@ import torch
 from torch._dynamo import source as sources
 from torch._guards import ChainedSource
 
+from compile_policy.compat_precision import float32_precisions
+
 Step = tuple[Any, ...]
 Place = tuple[Step, ...]
 
@@ -140,7 +142,7 @@ def is_immutable_type(cls: type) -> bool:
 def process_settings() -> tuple[Any, ...]:
     """Settings that Dynamo's guard on the global state has and `compat.modes` has not."""
     return (
-        torch._C._get_cublas_allow_tf32(),
+        *float32_precisions(),
         torch._C._get_cublas_allow_fp16_reduced_precision_reduction(),
         torch._C._get_cublas_allow_bf16_reduced_precision_reduction(),
         torch.is_autocast_cache_enabled(),

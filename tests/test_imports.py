@@ -16,7 +16,7 @@ BACKENDS = ROOT / "backends"
 
 # Top to bottom; a room may import from its own row's left and from every row above. See docs/architecture.md.
 ROOMS = [
-    {"errors"}, {"plan"}, {"events"}, {"settings"}, {"compat"}, {"config"}, {"flags"}, {"shapes"},
+    {"errors"}, {"plan"}, {"events"}, {"settings"}, {"compat_precision"}, {"compat"}, {"config"}, {"flags"}, {"shapes"},
 ]  # fmt: skip
 ONLY_IN = {
     "rich": ("cli", "graphs"),

@@ -14,6 +14,7 @@ import torch
 
 from compile_policy import compat
 from compile_policy.artifacts.key import JSON
+from compile_policy.compat_precision import float32_precisions
 from compile_policy.saving.sources import package_digest
 from compile_policy.saving.stable import Unstable, digest
 
@@ -77,7 +78,7 @@ def _instructions() -> str:
 def numerics() -> str:
     """Switches of the process that change what kernels compute, beside those that a call key holds."""
     cuda = torch.backends.cuda
-    values: list[Any] = [torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic, cuda.matmul.allow_tf32]
+    values: list[Any] = [*float32_precisions(), torch.backends.cudnn.deterministic]
     values += [cuda.matmul.allow_fp16_reduced_precision_reduction, cuda.matmul.allow_bf16_reduced_precision_reduction]
     values += [cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()]
     values += [torch.backends.mkldnn.enabled]
