@@ -13,7 +13,7 @@ import torch
 
 from compile_policy.errors import NotCompilable
 from compile_policy.example import Filler
-from compile_policy.shapes import IntermediateTensors, Labels
+from compile_policy.shapes import Labels
 
 LabelFn = Callable[[str, torch.Tensor], Labels]
 
@@ -102,25 +102,3 @@ class Leaves:
         self.labels.append(labels if labels is not None else self.label(path, tensor))
         self.paths.append(path)
         self.example_fillers.append(filler or self.fillers.get(path))
-
-
-class _IntermediateTensorsAdapter:
-    def flatten(self, value: IntermediateTensors, out: Leaves, path: str) -> Any:
-        for name, tensor in value.items():
-            out.add(tensor, f"{path}.{name}")
-        return tuple(name for name, _ in value.items())
-
-    def rebuild(self, spec: Any, leaves: Iterator[torch.Tensor]) -> IntermediateTensors:
-        return IntermediateTensors({name: next(leaves) for name in spec})
-
-    def state(self, spec: Any, value: IntermediateTensors) -> list[torch.Tensor]:
-        return []
-
-    def write_back(self, spec: Any, value: IntermediateTensors, state: list[torch.Tensor]) -> None:
-        return None
-
-    def public(self, value: IntermediateTensors) -> IntermediateTensors:
-        return value
-
-
-register_adapter(IntermediateTensors, _IntermediateTensorsAdapter())

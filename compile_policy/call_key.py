@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from compile_policy import containers
 from compile_policy.adapters import ArgumentAdapter as ArgumentAdapter
 from compile_policy.adapters import LabelFn, Leaves
 from compile_policy.adapters import adapter_for as adapter_for
@@ -131,13 +132,28 @@ def flatten(value: Any, out: Leaves, path: str) -> Any:
         named = sorted(value.items(), key=lambda item: str(item[0]))
         return ("dict", tuple((k, flatten(v, out, f"{path}[{k!r}]")) for k, v in named), tuple(value))
     adapter = adapter_for(type(value))
-    if adapter is None:
+    if adapter is not None:
+        return ("adapted", type(value), adapter.flatten(value, out, path))
+    parts = containers.parts_of(value)
+    if parts is None:
         raise NotCompilable(
             f"argument {path} is a {type(value).__module__}.{type(value).__qualname__}, "
             "which cannot be passed to a graph",
             remedy="Register an adapter for the type with compile_policy.call_key.register_adapter.",
         )
-    return ("adapted", type(value), adapter.flatten(value, out, path))
+    return _container(value, parts, out, path)
+
+
+def _container(value: Any, parts: Sequence[tuple[Any, Any]], out: Leaves, path: str) -> Any:
+    """Spec of a pytree node or a data class, by its class, its context and its parts."""
+    specs = tuple([flatten(part, out, f"{path}{containers.spelled(step)}") for step, part in parts])
+    if containers.is_data(value):
+        return ("data", type(value), tuple([step[1] for step, _ in parts]), specs)
+    before = len(out.tensors)
+    context = flatten(containers.context_of(value), out, path)
+    if len(out.tensors) > before:
+        raise NotCompilable(f"argument {path} is a {type(value).__qualname__} with tensors in its pytree context")
+    return ("node", type(value), containers.node_type(value), context, specs)
 
 
 def _constant(value: Any) -> Any:
@@ -165,6 +181,11 @@ def rebuild(spec: Any, leaves: Iterator[torch.Tensor]) -> Any:
     if kind == "dict":
         named = {k: rebuild(s, leaves) for k, s in spec[1]}
         return {k: named[k] for k in spec[2]}
+    if kind == "data":
+        return containers.make_data(spec[1], spec[2], [rebuild(s, leaves) for s in spec[3]])
+    if kind == "node":
+        parts = [rebuild(s, leaves) for s in spec[4]]
+        return containers.make_node(spec[2], parts, rebuild(spec[3], leaves))
     adapter = adapter_for(spec[1])
     assert adapter is not None
     return adapter.rebuild(spec[2], leaves)
@@ -177,6 +198,11 @@ def adapted(spec: Any, value: Any) -> list[tuple[ArgumentAdapter, Any, Any]]:
         return [found for s, v in zip(spec[1], value, strict=True) for found in adapted(s, v)]
     if kind == "dict":
         return [found for k, s in spec[1] for found in adapted(s, value[k])]
+    if kind == "data":
+        return [found for n, s in zip(spec[2], spec[3], strict=True) for found in adapted(s, getattr(value, n))]
+    if kind == "node":
+        parts = containers.children_of(spec[2], value)
+        return [found for s, v in zip(spec[4], parts, strict=True) for found in adapted(s, v)]
     if kind != "adapted":
         return []
     adapter = adapter_for(spec[1])

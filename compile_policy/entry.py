@@ -144,6 +144,8 @@ def _brief(spec: Any) -> str:
         return "not given"
     if spec[0] == "const":
         return repr(spec[2])
+    if spec[0] in ("data", "node"):
+        return f"a {spec[1].__name__}"
     return f"{spec[1].__name__} {spec[2]}" if spec[0] == "adapted" else f"a {spec[0]}"
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compile_policy import compat
+from compile_policy import compat, containers
 from compile_policy.call_key import CONSTANTS, Call, adapted, collect_state, rebuild
 from compile_policy.compiled import CompiledGraph
 from compile_policy.errors import NotCompilable
@@ -81,10 +81,11 @@ class Reference:
         self.draws = False
         values, result = self._settled()
         mine = [v for name, spec in call.spec for _, _, v in adapted(spec, values[name])]
-        with_paths, self.tree = pytree.tree_flatten_with_path(result, is_leaf=lambda x: any(x is a for a in mine))
+        mine += [v for v in values.values() if not isinstance(v, (torch.Tensor, *CONSTANTS))]
+        with_paths, self.tree = containers.flattened(result, lambda x: any(x is a for a in mine))
         leaves = [leaf for _, leaf in with_paths]
-        self.paths = [_steps(path) for path, leaf in with_paths if isinstance(leaf, torch.Tensor)]
-        self.flags = [(_steps(path), int(leaf)) for path, leaf in with_paths if isinstance(leaf, bool)]
+        self.paths = [path for path, leaf in with_paths if isinstance(leaf, torch.Tensor)]
+        self.flags = [(path, int(leaf)) for path, leaf in with_paths if isinstance(leaf, bool)]
         self.leaves = tuple(_describe(leaf, values, module) for leaf in leaves)
         state = [tensors for name, spec in call.spec for tensors in collect_state(spec, values[name])]
         self.state_sizes = [len(tensors) for tensors in state]
@@ -110,8 +111,18 @@ class Reference:
     def _run(self, leaves: Sequence[torch.Tensor]) -> tuple[dict[str, Any], Any]:
         it = iter(leaves)
         values = {name: rebuild(spec, it) for name, spec in self.call.spec}
+        own = [v for name, spec in self.call.spec for _, _, v in adapted(spec, values[name])]
+
+        def is_leaf(value: Any) -> bool:
+            return any(value is one for one in own)
+
+        before = {name: containers.contents(value, is_leaf) for name, value in values.items()}
         with ChangesWeights(self.module):
-            return values, self.module.forward(**values)
+            result = self.module.forward(**values)
+        for name, held in before.items():
+            if not containers.same_contents(held, containers.contents(values[name], is_leaf)):
+                raise containers.changed(name)
+        return values, result
 
     def traceable(self, module: torch.nn.Module | None = None) -> Callable[..., tuple[torch.Tensor, ...]]:
         """The same run as a function of tensors that returns a flat tuple of tensors; of a stand-in ``module``."""
@@ -122,9 +133,9 @@ class Reference:
             it = iter(leaves)
             values = {name: rebuild(s, it) for name, s in spec}
             result = forward(**values)
-            flat = [_follow(result, path) for path in paths]
+            flat = [containers.follow(result, path) for path in paths]
             for path, expected in flags:  # a flag that depends on a size becomes a condition on that size
-                seen = 1 if _follow(result, path) else 0
+                seen = 1 if containers.follow(result, path) else 0
                 if seen != expected:
                     raise NotCompilable("a flag in the result differs between two runs")
             for name, s in spec:
@@ -251,17 +262,3 @@ def _describe(leaf: Any, values: dict[str, Any], module: torch.nn.Module) -> tup
         f"{type(module).__name__}.forward returns a {type(leaf).__name__} ({where}), which a graph cannot return",
         remedy="Do not ask for it, or leave it out in a subclass (compile_policy.layers.override, replace_layers_).",
     )
-
-
-def _steps(path: Any) -> tuple[tuple[bool, Any], ...]:
-    """A pytree path as (is attribute, key) pairs, which Dynamo can follow."""
-    return tuple(
-        (True, k.name) if isinstance(k, pytree.GetAttrKey) else (False, getattr(k, "key", getattr(k, "idx", None)))
-        for k in path
-    )
-
-
-def _follow(value: Any, steps: tuple[tuple[bool, Any], ...]) -> Any:
-    for is_attribute, key in steps:
-        value = getattr(value, key) if is_attribute else value[key]
-    return value

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 
 from compile_policy.errors import DecorationError
 
@@ -89,6 +90,13 @@ def container_types() -> tuple[type, ...]:
 
 
 register_container(IntermediateTensors, lambda value: dict(value.items()))
+pytree.register_pytree_node(
+    IntermediateTensors,
+    lambda value: (list(value.tensors.values()), list(value.tensors)),
+    lambda parts, names: IntermediateTensors(dict(zip(names, parts, strict=True))),
+    serialized_type_name="compile_policy.IntermediateTensors",
+    flatten_with_keys_fn=lambda value: ([(pytree.MappingKey(n), t) for n, t in value.items()], list(value.tensors)),
+)
 
 
 def infer_dynamic_arg_dims(cls: type) -> ArgDims:
