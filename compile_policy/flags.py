@@ -1,28 +1,42 @@
 """The configuration's spelling on a command line, after vLLM's.
 
     --compilation-config FILE                            a YAML or JSON file
+    --compilation-config '{"FIELD": VALUE}'              several values
     --compile-mm-encoder, --no-compile-mm-encoder        encoders too, or not
     -O0 ... -O3, -O 2                                    the level, ``mode``
-    -cc.FIELD=VALUE, -cc.FIELD.KEY=VALUE                 one value; VALUE is YAML
+    -cc.FIELD=VALUE, -cc.FIELD.KEY VALUE                 one value; VALUE is YAML
+    -cc.FIELD+=VALUE, -cc.FIELD+ VALUE                   one more element of a list
     -cc '{"FIELD": VALUE}', -cc={...}                    several values
 
-Later wins. Everything after ``--`` is left alone.
+``-cc`` and ``--compilation-config`` mean the same, and ``_`` in a flag the same as ``-``. Later wins. Everything after
+``--`` is left alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from compile_policy.errors import ConfigError
 from compile_policy.settings import Flags, Setting, merge, parse_text
 
+_ENCODER = "--compile-mm-encoder"
+_NO_ENCODER = "--no-compile-mm-encoder"
+_WHOLE = "--compilation-config"
+_SHORT = "-cc"
+#: A flag of ours, which is therefore no value of the flag before it.
+_OWN_FLAG = re.compile(r"--|-cc(?![\w-])|-O=?[0-3]?$")
+_SPELLINGS = "Write it as -cc.FIELD=VALUE or -cc '{\"FIELD\": VALUE}'."
+
 
 def parse_flags(argv: Sequence[str]) -> tuple[Flags, list[str]]:
-    """Take the configuration's flags out of ``argv``; returns them and the rest, in order."""
+    """Take the configuration's flags out of ``argv``; returns them and the rest, in order.
+
+    Raises:
+        ConfigError: a flag of ours has no value, or one that cannot be read.
+    """
     reader = _Reader(list(argv))
     rest: list[str] = []
     while reader.pending:
@@ -45,68 +59,70 @@ class _Reader:
 
     def take(self, word: str) -> bool:
         """Handle one word, and its value where that is the next one; False when it belongs to somebody else."""
-        if word in ("--compile-mm-encoder", "--no-compile-mm-encoder"):
-            self._set("compile_mm_encoder", not word.startswith("--no-"), word)
-            return True
-        for prefix, handle in _HANDLERS.items():
-            if word.startswith(prefix):
-                return handle(self, word)
-        return False
-
-    def config_file(self, word: str) -> bool:
-        name, given, value = word.partition("=")
-        if name != "--compilation-config":
+        flag, given, value = word.partition("=")
+        name = flag.replace("_", "-") if flag.startswith("--") else flag
+        text = value if given else None
+        if name in (_ENCODER, _NO_ENCODER) and text is None:
+            self._set("compile_mm_encoder", name == _ENCODER, name)
+        elif name.startswith("-O"):
+            self._level(word[2:].removeprefix("="))
+        elif name in (_WHOLE, _SHORT):
+            self._mapping_or_file(name, text)
+        elif name.startswith((f"{_SHORT}.", f"{_WHOLE}.")):
+            self._dotted(flag, text)
+        elif name.startswith(_SHORT):
+            raise ConfigError(f"cannot read {word!r}.", remedy=_SPELLINGS)
+        else:
             return False
-        self.file = Path(value if given else self._next(word, "a YAML or JSON file"))
         return True
 
-    def level(self, word: str) -> bool:
-        text = word[2:].removeprefix("=") or self._next(word, "a level from 0 to 3")
-        if text not in ("0", "1", "2", "3"):
-            raise ConfigError(f"there is no optimisation level {text!r}.", remedy="Use -O0, -O1, -O2 or -O3.")
-        self._set("mode", int(text), f"-O{text}")
-        return True
+    def _level(self, text: str) -> None:
+        level = text or self._next("-O", "a level from 0 to 3")
+        if level not in ("0", "1", "2", "3"):
+            raise ConfigError(f"there is no optimisation level {level!r}.", remedy="Use -O0, -O1, -O2 or -O3.")
+        self._set("mode", int(level), f"-O{level}")
 
-    def dotted(self, word: str) -> bool:
-        path, given, text = word.partition("=")
-        keys = path.removeprefix("-cc.").split(".")
-        if not given or not all(keys):
-            raise ConfigError(f"cannot read {word!r}.", remedy="Write it as -cc.FIELD=VALUE.")
-        value = parse_text(text)
+    def _dotted(self, flag: str, text: str | None) -> None:
+        """``-cc.FIELD``, ``-cc.FIELD.KEY`` and both with a ``+`` at the end, which adds to a list."""
+        path = flag.partition(".")[2]
+        adds = path.endswith("+")
+        keys = path.removesuffix("+").split(".")
+        if not all(keys):
+            raise ConfigError(f"cannot read {flag!r}.", remedy="Write it as -cc.FIELD=VALUE.")
+        value = parse_text(self._next(flag, f"a value: {flag}=VALUE") if text is None else text)
+        name = keys[0].replace("-", "_")
+        if adds:
+            value = [*self._list_at([name, *keys[1:]]), *(value if isinstance(value, list) else [value])]
         for key in reversed(keys[1:]):
             value = {key: value}
-        self._set(keys[0].replace("-", "_"), value, path)
-        return True
+        self._set(name, value, flag)
 
-    def mapping(self, word: str) -> bool:
-        text = word[len("-cc") :]
-        if text and not text.startswith("="):
-            raise ConfigError(
-                f"cannot read {word!r}.", remedy="Write it as -cc.FIELD=VALUE or -cc '{\"FIELD\": VALUE}'."
-            )
-        text = text[1:] or self._next("-cc", "a mapping such as '{\"mode\": 1}'")
+    def _list_at(self, keys: Sequence[str]) -> list[Any]:
+        """The elements that earlier flags gave for a field."""
+        found: Any = {name: setting.value for name, setting in self.settings.items()}
+        for key in keys:
+            found = found.get(key) if isinstance(found, dict) else None
+        return found if isinstance(found, list) else []
+
+    def _mapping_or_file(self, name: str, text: str | None) -> None:
+        what = "a mapping such as '{\"mode\": 1}'" + (" or a YAML or JSON file" if name == _WHOLE else "")
+        text = text or self._next(name, what)
+        if name == _WHOLE and not text.lstrip().startswith("{"):
+            self.file = Path(text)
+            return
         try:
-            values = yaml.safe_load(text)
-        except yaml.YAMLError:
+            values = parse_text(text)
+        except ConfigError:
             values = None
         if not isinstance(values, dict):
-            raise ConfigError(f"-cc {text} is not a mapping.", remedy="Write it as -cc '{\"FIELD\": VALUE}'.")
-        for name, value in values.items():
-            self._set(str(name), value, "-cc")
-        return True
+            raise ConfigError(f"{name} {text} is not a mapping.", remedy="Write it as -cc '{\"FIELD\": VALUE}'.")
+        for field, value in values.items():
+            self._set(str(field).replace("-", "_"), value, name)
 
     def _next(self, flag: str, what: str) -> str:
-        if not self.pending:
+        if not self.pending or _OWN_FLAG.match(self.pending[0]):
             raise ConfigError(f"{flag} needs a value.", remedy=f"Give it {what}.")
         return self.pending.pop(0)
 
     def _set(self, name: str, value: Any, flag: str) -> None:
         self.settings[name] = merge(self.settings.get(name), Setting(value, f"flag {flag}"))
-
-
-_HANDLERS: dict[str, Callable[[_Reader, str], bool]] = {
-    "--compilation-config": _Reader.config_file,
-    "-cc.": _Reader.dotted,
-    "-cc": _Reader.mapping,
-    "-O": _Reader.level,
-}

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from compile_policy.errors import ConfigError, PolicyWarning
 
 ENVIRONMENT_PREFIX = "COMPILE_POLICY_"
@@ -52,6 +50,8 @@ def near_match(name: str, known: Iterable[str]) -> str:
 
 def parse_text(text: str) -> Any:
     """One value from a variable or a flag: YAML, so ``true``, ``3``, ``[a, b]`` and ``{a: 1}`` mean what they say."""
+    import yaml  # here: a run without such text does not need it
+
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -67,6 +67,8 @@ def file_settings(path: str | Path | None) -> dict[str, Setting]:
     """The fields of a YAML or JSON file."""
     if path is None:
         return {}
+    import yaml
+
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

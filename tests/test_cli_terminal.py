@@ -233,7 +233,7 @@ def test_reader_that_leaves() -> None:
 
 def test_interrupt() -> None:
     """Ctrl-C ends with 130 and one word."""
-    code = "import signal, sys, compile_policy.cli.app as a; a.config\n"
+    code = "import signal, sys, compile_policy.cli.app as a\n"
     code += "a.parse_flags = lambda words: signal.raise_signal(signal.SIGINT)\nsys.exit(a.main(['config']))"
     ran = subprocess.run(
         [sys.executable, "-c", code],

@@ -35,6 +35,17 @@ def _values(*argv: str) -> dict[str, Any]:
         (['-cc={"mode": 1}'], {"mode": 1}),
         (["-cc.dynamic_arg_dims.A.x=0", "-cc.dynamic_arg_dims.A.y=1"], {"dynamic_arg_dims": {"A": {"x": 0, "y": 1}}}),
         (["-O1", "-O2"], {"mode": 2}),
+        (["-cc.compile_mm_encoder", "true"], {"compile_mm_encoder": True}),
+        (["-cc.dynamic_arg_dims.A.x", "0"], {"dynamic_arg_dims": {"A": {"x": 0}}}),
+        (["--compilation-config", '{"mode": 1, "on-fault": "error"}'], {"mode": 1, "on_fault": "error"}),
+        (['--compilation-config={"mode": 1}'], {"mode": 1}),
+        (["--compilation-config.mode=1"], {"mode": 1}),
+        (["--compilation-config.mode", "1"], {"mode": 1}),
+        (["--compilation_config.max-entries=3"], {"max_entries": 3}),
+        (["--compile_mm_encoder"], {"compile_mm_encoder": True}),
+        (["-cc.custom_ops+", "+a", "-cc.custom_ops+=-b"], {"custom_ops": ["+a", "-b"]}),
+        (["-cc.custom_ops=[none]", "-cc.custom_ops+=[+a, +b]"], {"custom_ops": ["none", "+a", "+b"]}),
+        (["-cc.custom_ops+=+a", "-cc.custom_ops=[none]"], {"custom_ops": ["none"]}),
         (["--compile-mm-encoder", "-cc.compile_mm_encoder=false"], {"compile_mm_encoder": False}),
         (["-cc.compile_mm_encoder=false", "--compile-mm-encoder"], {"compile_mm_encoder": True}),
     ],
@@ -80,7 +91,10 @@ def test_each_setting_names_its_flag() -> None:
     }
 
 
-@pytest.mark.parametrize("argv", [["--compilation-config", "a.yaml"], ["--compilation-config=a.yaml"]])
+_FILES = [["--compilation-config", "a.yaml"], ["--compilation-config=a.yaml"], ["--compilation_config=a.yaml"]]
+
+
+@pytest.mark.parametrize("argv", _FILES)
 def test_file(argv: list[str]) -> None:
     """The file is only named here; reading it is the configuration's business."""
     flags, rest = parse_flags(argv)
@@ -96,8 +110,13 @@ def test_file(argv: list[str]) -> None:
         (["-O"], "-O needs a value"),
         (["-cc"], "-cc needs a value"),
         (["--compilation-config"], "--compilation-config needs a value"),
-        (["-cc.mode"], "cannot read '-cc.mode'"),
-        (["-cc.=1"], "cannot read '-cc.=1'"),
+        (["-cc.mode"], "-cc.mode needs a value"),
+        (["-cc.mode", "-O1"], "-cc.mode needs a value"),
+        (["-cc.mode", "--json"], "-cc.mode needs a value"),
+        (["--compilation-config.mode"], "--compilation-config.mode needs a value"),
+        (["--compilation-config.=1"], "cannot read '--compilation-config.'"),
+        (["--compilation-config", "{mode: "], "is not a mapping"),
+        (["-cc.=1"], "cannot read '-cc.'"),
         (["-cc.a..b=1"], "cannot read"),
         (["-ccmode=1"], "cannot read '-ccmode=1'"),
         (["-cc", "[1, 2]"], "is not a mapping"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib.metadata
 import os
 import sys
 import traceback
@@ -13,15 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from compile_policy.cli import cache, graphs, layers
-from compile_policy.cli.config import config
-from compile_policy.cli.explain import explain
-from compile_policy.cli.generate import generate
-from compile_policy.cli.matrix import matrix
-from compile_policy.cli.plan import plan
+from compile_policy.cli.commands import add_commands
 from compile_policy.cli.session import Session
 from compile_policy.cli.terminal import Terminal
-from compile_policy.cli.warmup import warmup
 from compile_policy.errors import PolicyError
 from compile_policy.flags import parse_flags
 
@@ -42,17 +35,17 @@ _EPILOG = "\n\n".join(
     )
 )
 
-app = typer.Typer(
-    add_completion=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
-)
-for command in (generate, plan, explain, warmup, matrix, config):
-    app.command(epilog=_EPILOG)(command)
-app.add_typer(graphs.app, name="graphs")
-app.add_typer(layers.app, name="layers")
-app.add_typer(cache.app, name="cache")
+
+def _program(words: Sequence[str]) -> typer.Typer:
+    """The program, with the command that ``words`` name."""
+    app = typer.Typer(
+        add_completion=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
+    )
+    app.callback(invoke_without_command=True, epilog=_EPILOG)(_root)
+    add_commands(app, words, epilog=_EPILOG)
+    return app
 
 
-@app.callback(invoke_without_command=True, epilog=_EPILOG)
 def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
@@ -65,6 +58,8 @@ def _root(
 
 
 def _installed_version() -> str:
+    import importlib.metadata  # imports email
+
     try:
         return importlib.metadata.version("compile-policy")
     except importlib.metadata.PackageNotFoundError:
@@ -95,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(terminal: Terminal, words: list[str], debug: bool) -> int:
     flags, rest = parse_flags(words)
-    code = app(args=rest, prog_name="compile-policy", standalone_mode=False, obj=Session(terminal, flags, debug))
+    program = _program(rest)
+    code = program(args=rest, prog_name="compile-policy", standalone_mode=False, obj=Session(terminal, flags, debug))
     return int(code or 0)
 
 
@@ -109,7 +105,9 @@ def _explain(terminal: Terminal, error: Exception, debug: bool) -> int:
     if hasattr(error, "format_message"):  # click's errors, wherever typer keeps them
         message = _usage_message(error)
         stop = "" if message.endswith((".", "?")) else "."
-        terminal.error(f"{message}{stop} See compile-policy --help.")
+        context: Any = getattr(error, "ctx", None)
+        where = context.command_path if context else "compile-policy"
+        terminal.error(f"{message}{stop} See {where} --help.")
         return USER_MISTAKE
     first = next(iter(str(error).strip().splitlines()), "")
     hint = "" if debug else " Run again with --debug for the traceback."

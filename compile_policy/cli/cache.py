@@ -23,7 +23,6 @@ from compile_policy.artifacts.secret import read_secret
 from compile_policy.artifacts.upkeep import clear, collect
 from compile_policy.cli.cache_tables import parse_size, print_artifacts, print_differences, print_examination, size_text
 from compile_policy.cli.session import Session
-from compile_policy.cli.warmup import warmup
 from compile_policy.errors import CacheError, InputError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -171,6 +170,8 @@ def why_miss(
     After a run that compiled although there was an artifact, name the new one. A file asks for a key that isn't stored.
     """
     if Path(wanted).is_dir() or not re.fullmatch(r"[0-9a-f]*|.*\.json", wanted):
+        from compile_policy.cli.warmup import warmup  # imports rich.progress and Pillow
+
         return warmup(context, wanted, check=True, as_json=as_json)
     session: Session = context.obj
     store = _store(session)

@@ -7,7 +7,7 @@ import warnings
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,11 +18,12 @@ from compile_policy.cli.plan import Model
 from compile_policy.cli.progress import progress
 from compile_policy.cli.recording import Events, TimeLine, events_to, trace_to
 from compile_policy.cli.session import Session, loading
-from compile_policy.config import CompilationConfig
 from compile_policy.errors import InputError, PolicyWarning
 from compile_policy.events import Event, listening
-from compile_policy.explain import Explanation
-from compile_policy.explain import explain as explain_model
+
+if TYPE_CHECKING:
+    from compile_policy.config import CompilationConfig
+    from compile_policy.explain import Explanation
 
 _TEXT_LEN = 8
 _IMAGE = (64, 96)
@@ -70,6 +71,8 @@ def explain(
 
 
 def _without_running(name: str | None, config: CompilationConfig) -> Explanation:
+    from compile_policy.explain import explain as explain_model  # imports torch
+
     with loading(name):
         return explain_model(name, config=config)
 
@@ -77,6 +80,8 @@ def _without_running(name: str | None, config: CompilationConfig) -> Explanation
 def _run(
     backend: Any, name: str | None, config: CompilationConfig, max_new_tokens: int, trace: Path | None
 ) -> Explanation:
+    from compile_policy.explain import explain as explain_model  # imports torch
+
     with loading(name):
         model = compile_policy.load_model(name, config=config)
         sees = any(c.role == "encoder[image]" for c in compile_policy.report(model).components)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -13,8 +14,10 @@ from rich.text import Text
 
 from compile_policy.cli.terminal import clean
 from compile_policy.events import Event
-from compile_policy.explain import ComponentExplained, EntryExplained, Explanation
 from compile_policy.failure import Failure
+
+if TYPE_CHECKING:
+    from compile_policy.explain import ComponentExplained, EntryExplained, Explanation
 
 _STYLES = {"compile": "green", "eager": "yellow", "skip": "dim"}
 _WIDE = 100  # columns from which dims and reasons stand in tables

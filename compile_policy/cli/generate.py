@@ -6,20 +6,22 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import compile_policy
-from compile_policy.cli.inputs import TINY, Question, check_model, encode, open_picture, question_for
+from compile_policy.cli.inputs import Picture, Question, check_model, encode, open_picture, question_for
 from compile_policy.cli.plan import Model
 from compile_policy.cli.progress import progress
 from compile_policy.cli.recording import Events, TimeLine, events_to, trace_to
-from compile_policy.cli.session import Session, loading
+from compile_policy.cli.session import TINY, Session, loading
 from compile_policy.cli.streaming import AnswerStreamer, Decode
 from compile_policy.cli.tables import print_report
-from compile_policy.config import CompilationConfig
 from compile_policy.errors import InputError
+
+if TYPE_CHECKING:
+    from compile_policy.config import CompilationConfig
 
 _TINY_TEXT_LEN = 8
 _TINY_IMAGE = (64, 96)
@@ -50,7 +52,7 @@ def generate(
     pictures = [open_picture(path) for path in image or []]
     backend = session.backend()
     with events_to(events), progress(session.terminal, debug=session.debug):
-        run = _prepare(session, backend, model, config, question_for(model, pictures, prompt, backend.EMBEDDED))
+        run = _prepare(session, backend, model, config, _question(backend, model, pictures, prompt))
         with trace_to(trace, run.model):
             answer = run.answer(max_new_tokens, None if as_json else session.terminal.stream)
         session.terminal.close_line()
@@ -88,6 +90,23 @@ class Run:
 
     def text(self, ids: list[int]) -> str:
         return self.text_of(ids)
+
+
+def _question(backend: Any, name: str | None, pictures: list[Picture], prompt: str | None) -> Question:
+    """What to ask.
+
+    Raises:
+        InputError: there is nothing to ask, or a model without a tokenizer is asked something. Where the model cannot
+            be found, that is the error.
+    """
+    tiny = name is not None and name.startswith(TINY)
+    if tiny and prompt is not None:
+        problem = f"{name} has random weights and no tokenizer, so it cannot read a prompt."
+        raise InputError(problem, remedy="Leave --prompt out: its input is random ids.")
+    if name is not None and not (tiny or pictures or prompt):
+        with loading(name):
+            backend.config_of(name)
+    return question_for(name, pictures, prompt, backend.EMBEDDED)
 
 
 def _prepare(session: Session, backend: Any, name: str | None, config: CompilationConfig, question: Question) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,6 @@ from compile_policy.cli.session import Session
 from compile_policy.errors import InputError
 from compile_policy.graphs.difference import difference
 from compile_policy.graphs.folding import folds
-from compile_policy.graphs.page import page_of
 from compile_policy.graphs.reading import Dump, DumpedEntry, json_lines, read_text
 from compile_policy.graphs.report import ReportFailed, report_of
 from compile_policy.graphs.search import find_ops
@@ -104,6 +104,7 @@ def stats(
     session: Session = context.obj
     sizes = _sizes(at)
     found = [_entry(directory, entry)] if entry or not _is_dump(directory) else list(Dump.open(directory).entries)
+    _check_dims(found, sizes)
     counted = [(one, stats_of(one, sizes)) for one in found]
     if as_json:
         _print_json({"entries": [{"id": one.id, **numbers.to_dict()} for one, numbers in counted]})
@@ -115,10 +116,25 @@ def stats(
 
 def _sizes(text: str) -> dict[str, int]:
     """``batch=1,past=512``."""
-    try:
-        return {name.strip(): int(size) for name, _, size in (part.partition("=") for part in text.split(",") if part)}
-    except ValueError:
-        raise InputError(f"--at {text} is no list of sizes.", remedy="Write it as batch=1,sequence=512.") from None
+    sizes = {}
+    for part in text.split(",") if text else ():
+        name, _, size = part.partition("=")
+        if not name.strip() or not size.strip().isdecimal():
+            raise InputError(f"--at {text} is no list of sizes.", remedy="Write it as batch=1,sequence=512.")
+        sizes[name.strip()] = int(size)
+    return sizes
+
+
+def _check_dims(entries: Sequence[DumpedEntry], sizes: Mapping[str, int]) -> None:
+    """Refuse a size of a dim that no entry has."""
+    symbols: list[tuple[str, dict[str, Any]]] = []
+    for entry in entries:
+        symbols += entry.symbols().items()
+    labels = sorted({str(said.get("label") or name) for name, said in symbols})
+    for name in sizes:
+        if name not in labels and name not in dict(symbols):
+            remedy = f"Dims that vary here: {', '.join(labels)}." if labels else "No dim varies here: leave --at out."
+            raise InputError(f"--at {name}: no dim is called that.", remedy=remedy)
 
 
 @app.command("find")
@@ -182,6 +198,8 @@ def html(
     as_json: _Json = False,
 ) -> int:
     """Write the dump as one page that needs nothing else: search it, and click from operation to kernel and back."""
+    from compile_policy.graphs.page import page_of  # imports Jinja
+
     session: Session = context.obj
     dump, target = Dump.open(directory), file or directory / "graphs.html"
     link = ""

@@ -8,13 +8,13 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from PIL import Image, UnidentifiedImageError
-
+from compile_policy.cli.session import TINY
 from compile_policy.errors import InputError
 
-TINY = "tiny:"
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class Picture(NamedTuple):
@@ -81,6 +81,8 @@ def _check_weights(path: Path) -> None:
 
 def open_picture(name: str) -> Picture:
     """One picture in RGB, whole; whatever is wrong with the file is said in one sentence."""
+    from PIL import Image, UnidentifiedImageError
+
     path = Path(name).expanduser()
     remedy = "Give a picture that opens in an image viewer, such as a PNG or JPEG file."
     try:

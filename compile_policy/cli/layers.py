@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,7 +14,9 @@ from rich.table import Table
 from compile_policy.cli.inputs import check_model
 from compile_policy.cli.session import Session, loading
 from compile_policy.cli.terminal import clean
-from compile_policy.layers import CustomOps, LayerRow, Plugin, layer_rows, load_plugins
+
+if TYPE_CHECKING:
+    from compile_policy.layers import CustomOps, LayerRow, Plugin
 
 Model = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="A folder, a hub id or tiny:<model_type>: count its layers.")
@@ -39,6 +41,8 @@ def ls(
 
     With MODEL, the count says how many layers of that model are replaced; its weights are not loaded.
     """
+    from compile_policy.layers import CustomOps, layer_rows, load_plugins  # imports torch
+
     session: Session = context.obj
     config = session.config()
     found = load_plugins(enabled=plugins and config.enabled)

@@ -11,7 +11,6 @@ import typer
 
 from compile_policy.errors import InputError
 from compile_policy.events import json_lines, listening
-from compile_policy.trace import tracing
 
 Events = Annotated[Path | None, typer.Option("--events", metavar="FILE", help="Write events as JSON lines.")]
 TimeLine = Annotated[
@@ -51,6 +50,8 @@ def trace_to(path: Path | None, model: Any) -> Iterator[None]:
         path.touch()
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}.", remedy="Name another file.") from None
+    from compile_policy.trace import tracing  # imports torch
+
     with tracing(model) as trace:
         try:
             with trace.span("generate"):

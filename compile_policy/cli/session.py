@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.utils.tqdm import disable_progress_bars
-
-from compile_policy.cli.inputs import TINY
 from compile_policy.cli.terminal import Terminal
-from compile_policy.compat import check_versions
-from compile_policy.config import CompilationConfig
 from compile_policy.errors import EnvironmentNotSupported, InputError, PolicyError
 from compile_policy.settings import Flags
+
+if TYPE_CHECKING:
+    from compile_policy.config import CompilationConfig
+
+#: How the name of a model with random weights begins.
+TINY = "tiny:"
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,16 @@ class Session:
 
     def config(self) -> CompilationConfig:
         """The effective configuration: file, environment and flags, later wins."""
+        from compile_policy.config import CompilationConfig  # imports pydantic
+
         return CompilationConfig.from_sources(environ=os.environ, flags=self.flags)
 
     def backend(self) -> Any:
         """The modelling backend, once the installed versions are known to be supported."""
         check_installed()
         if not self.terminal.animated:  # before Transformers is imported, which asks once; a log needs no moving bars
+            from huggingface_hub.utils.tqdm import disable_progress_bars
+
             disable_progress_bars()
         from compile_policy.backend import find_backend  # after the check: an old Transformers fails obscurely
 
@@ -43,10 +47,14 @@ class Session:
 
 def check_installed() -> None:
     """Refuse versions of torch and Transformers that are too old, or missing."""
+    import importlib.metadata  # imports email
+
     try:
         versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
     except importlib.metadata.PackageNotFoundError as error:
         raise EnvironmentNotSupported(f"{error.name} is not installed.", remedy=f"pip install {error.name}") from None
+    from compile_policy.compat import check_versions  # imports torch
+
     check_versions(*versions)
 
 
