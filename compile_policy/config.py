@@ -26,6 +26,8 @@ from compile_policy import settings as sources
 from compile_policy.errors import ConfigError
 from compile_policy.settings import Flags, Setting
 
+#: Fields that are paths.
+_PATHS = ("debug_dump_path", "cache_dir", "cache_key_file")
 ArgDims = int | list[int] | dict[int, str]
 
 
@@ -46,7 +48,7 @@ def _check_arg_dims(value: Any) -> Any:
 
 
 def _as_path(value: Any) -> Any:
-    return Path(value).expanduser() if isinstance(value, str) and value else value
+    return sources.expand_home(value) if isinstance(value, str) and value else value
 
 
 def _check_cache_dir(value: Any) -> Any:
@@ -158,11 +160,13 @@ class CompilationConfig(BaseModel):
         file: str | Path | None = None,
         environ: Mapping[str, str] | None = None,
         flags: Flags | None = None,
+        home: Path | None = None,
         **kwargs: Any,
     ) -> CompilationConfig:
         """Merge the sources; later wins: default, file, ``environ``, ``flags``, keyword arguments, kill switch.
 
-        A file named by the flags replaces ``file``. Mappings in `dynamic_arg_dims` merge per argument.
+        A file named by the flags replaces ``file``. Mappings in `dynamic_arg_dims` merge per argument. ``home`` is what
+        ``~`` means in a path; the home in the password database where not given.
         """
         environ, flags = environ or {}, flags or Flags()
         merged: dict[str, Setting] = {}
@@ -174,6 +178,9 @@ class CompilationConfig(BaseModel):
             sources.kill_switch(environ),
         ):
             merged |= {name: sources.merge(merged.get(name), setting) for name, setting in source.items()}
+        for name in _PATHS:
+            if home is not None and name in merged and isinstance(merged[name].value, str):
+                merged[name] = merged[name]._replace(value=str(sources.expand_home(merged[name].value, home)))
         return cls._from_settings(merged)
 
     @classmethod

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import functools
-import os.path
 from pathlib import Path
 
-from compile_policy.artifacts import Store, open_store
+from compile_policy.artifacts import Store, open_store, user_directories
 from compile_policy.config import CompilationConfig
 from compile_policy.options import RegionOptions
-
-#: Where a user's own directories are, and the key of a shared cache; as `Path.home` has it, they belong to the machine.
-_PLACES = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "COMPILE_POLICY_CACHE_KEY_FILE")
 
 
 def region_options(config: CompilationConfig) -> RegionOptions:
@@ -28,8 +24,7 @@ def store_of(config: CompilationConfig) -> Store | None:
     """Where entries are kept on disk; ``None`` where nothing is, with a warning if that is not what was asked for."""
     if config.cache_dir is False or config.backend != "inductor" or not config.enabled or config.mode == 0:
         return None
-    found = {name: os.path.expandvars(f"${name}") for name in _PLACES}
-    places = tuple((name, value) for name, value in found.items() if value != f"${name}")
+    places = tuple(user_directories().items())
     return _opened(config.cache_dir, config.cache_key_file, config.cache_limit, places)
 
 

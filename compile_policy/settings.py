@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import pwd
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -46,6 +48,30 @@ def near_match(name: str, known: Iterable[str]) -> str:
     if near:
         return f"Did you mean {' or '.join(map(repr, near))}?"
     return f"Known: {', '.join(known)}."
+
+
+def expand_home(path: str, home: Path | None = None) -> Path:
+    """Replace a leading ``~`` or ``~user`` by a home directory.
+
+    Args:
+        home: what ``~`` means; the home in the password database where not given. Only a command line, which may read
+            the environment, has another.
+
+    Raises:
+        ValueError: there is no such user, or the process's user has no entry.
+    """
+    first, _, rest = path.partition("/")
+    if not first.startswith("~"):
+        return Path(path)
+    if home is None or first != "~":
+        try:
+            entry = pwd.getpwuid(os.getuid()) if first == "~" else pwd.getpwnam(first[1:])
+        except KeyError:
+            raise ValueError(
+                f"should be a path without {first!r}, which has no entry in the password database"
+            ) from None
+        home = Path(entry.pw_dir)
+    return home / rest
 
 
 def parse_text(text: str) -> Any:

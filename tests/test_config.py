@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
+import pwd
 import warnings
 from pathlib import Path
 
@@ -139,6 +141,22 @@ def test_file_as_json_and_yaml_and_from_flag(tmp_path: Path) -> None:
     flags, rest = parse_flags(["--compilation-config", str(json_file)])
     assert CompilationConfig.from_sources(flags=flags) == config
     assert rest == []
+
+
+def test_home_in_a_path_is_the_account_s_or_the_one_that_is_given(tmp_path: Path) -> None:
+    """``~`` does not depend on the environment; a command line says what it means."""
+    account = Path(pwd.getpwuid(os.getuid()).pw_dir)
+    name = pwd.getpwuid(os.getuid()).pw_name
+    file = _write(tmp_path, "cache_dir: ~/a\ncache_key_file: ~\n")
+    flags, _ = parse_flags(["-cc.debug_dump_path=~/d"])
+    config = CompilationConfig.from_sources(file, flags=flags, cache_dir=f"~{name}/a")
+    assert (config.cache_dir, config.cache_key_file) == (account / "a", None)  # YAML's ~ alone is nothing
+    assert config.debug_dump_path == account / "d"
+    there = CompilationConfig.from_sources(file, flags=flags, home=tmp_path)
+    assert (there.cache_dir, there.debug_dump_path) == (tmp_path / "a", tmp_path / "d")
+    assert there.origin("cache_dir") == f"file {file}"
+    with pytest.raises(ConfigError, match="'~nobody-at-all', which has no entry in the password database"):
+        CompilationConfig(cache_dir="~nobody-at-all/a")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ["mode: [1", "- mode\n", "just words", "\x00"])

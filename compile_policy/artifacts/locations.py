@@ -16,6 +16,7 @@ from compile_policy.artifacts.places import check_folder, resolve
 from compile_policy.artifacts.secret import own_secret, read_secret
 from compile_policy.artifacts.store import LIMIT_BYTES, Store
 from compile_policy.errors import CacheError, PolicyWarning
+from compile_policy.settings import expand_home
 
 NAME = "compile_policy"
 KEY_FILE_VARIABLE = "COMPILE_POLICY_CACHE_KEY_FILE"
@@ -23,7 +24,7 @@ KEY_FILE_VARIABLE = "COMPILE_POLICY_CACHE_KEY_FILE"
 
 def open_store(
     cache_dir: Path | None,
-    environ: Mapping[str, str],
+    environ: Mapping[str, str] | None = None,
     *,
     key_file: Path | None = None,
     limit_bytes: int = LIMIT_BYTES,
@@ -31,13 +32,13 @@ def open_store(
 ) -> Store | None:
     """The user's store, or ``None`` with a `PolicyWarning` where there is no safe place for one.
 
-    A private directory is signed with the user's own key, made on first use. With a key file (the argument, or
-    ``COMPILE_POLICY_CACHE_KEY_FILE``) the directory may be shared with others: what is not signed with that key isn't
+    A private directory is signed with the user's own key, made on first use. With a key file the directory may be shared with others: what is not signed with that key isn't
     loaded.
 
     Args:
         cache_dir: its directory; ``None`` for the user's cache directory.
-        environ: where ``HOME``, ``XDG_CACHE_HOME`` and ``XDG_CONFIG_HOME`` are read.
+        environ: ``HOME``, ``XDG_CACHE_HOME``, ``XDG_CONFIG_HOME`` and ``COMPILE_POLICY_CACHE_KEY_FILE``; those of
+            `user_directories` where not given.
     """
     try:
         return find_store(cache_dir, environ, key_file=key_file, limit_bytes=limit_bytes, disk=disk)
@@ -50,7 +51,7 @@ def open_store(
 
 def find_store(
     cache_dir: Path | None,
-    environ: Mapping[str, str],
+    environ: Mapping[str, str] | None = None,
     *,
     key_file: Path | None = None,
     limit_bytes: int = LIMIT_BYTES,
@@ -63,8 +64,9 @@ def find_store(
     """
     disk = disk or Disk()
     uid = os.getuid()
+    environ = user_directories() if environ is None else environ
     if key_file is None and environ.get(KEY_FILE_VARIABLE):
-        key_file = Path(environ[KEY_FILE_VARIABLE]).expanduser()
+        key_file = expand_home(environ[KEY_FILE_VARIABLE])
     root = resolve(cache_dir or default_cache_dir(environ, uid))
     _make_folders(root, disk)
     if key_file is not None:
@@ -73,6 +75,26 @@ def find_store(
         _require_private(root, uid)
         secret = _own_secret(environ, uid, disk)
     return Store(root, secret=secret, limit_bytes=limit_bytes, disk=disk)
+
+
+def user_directories() -> dict[str, str]:
+    """Where this user's directories are: ``HOME``, ``XDG_CACHE_HOME`` and ``XDG_CONFIG_HOME`` as platformdirs has them.
+
+    They belong to the machine, as the temporary directory does, and are no setting of the policy.
+    """
+    import platformdirs  # here: a cache in a directory that was named does not need it
+
+    found: dict[str, str] = {}
+    try:
+        bases = {"XDG_CACHE_HOME": platformdirs.user_cache_path(), "XDG_CONFIG_HOME": platformdirs.user_config_path()}
+    except RuntimeError:  # no home at all
+        return found
+    for variable, base in bases.items():
+        if base.name in (".cache", ".config"):  # the default below a home, which may not be there
+            found["HOME"] = str(base.parent)
+        else:
+            found[variable] = str(base)
+    return found
 
 
 def default_cache_dir(environ: Mapping[str, str], uid: int) -> Path:
@@ -123,7 +145,7 @@ def _require_private(root: Path, uid: int) -> None:
             f"{root} cannot be read: {error.strerror or error}.", remedy="Choose another directory with cache_dir."
         ) from error
     if unsafe is not None:
-        shared = f"For a volume that is shared on purpose, set {KEY_FILE_VARIABLE}."
+        shared = f"For a volume that is shared on purpose, give cache_key_file ({KEY_FILE_VARIABLE} for commands)."
         raise CacheError(f"{unsafe.problem}.", remedy=f"{unsafe.remedy.rstrip('.')}. {shared}")
 
 

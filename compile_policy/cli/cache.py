@@ -217,7 +217,7 @@ def _store(session: Session) -> Store:
     config = session.config()
     if config.cache_dir is False:
         raise CacheError("the cache is turned off (cache_dir is false).", remedy="Name a directory, or leave it unset.")
-    return find_store(config.cache_dir, os.environ, key_file=config.cache_key_file, limit_bytes=config.cache_limit)
+    return find_store(config.cache_dir, key_file=config.cache_key_file, limit_bytes=config.cache_limit)
 
 
 def _key_file(session: Session) -> Path | None:

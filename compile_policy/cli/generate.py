@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ def generate(
     session: Session = context.obj
     config = session.config()
     if dump_graphs is not None:
-        config = config.replace(debug_dump_path=dump_graphs)
+        config = config.replace(debug_dump_path=os.path.expanduser(dump_graphs))
     check_model(model)
     pictures = [open_picture(path) for path in image or []]
     backend = session.backend()

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compile_policy.cli.terminal import Terminal
@@ -31,7 +32,7 @@ class Session:
         """The effective configuration: file, environment and flags, later wins."""
         from compile_policy.config import CompilationConfig  # imports pydantic
 
-        return CompilationConfig.from_sources(environ=os.environ, flags=self.flags)
+        return CompilationConfig.from_sources(environ=os.environ, flags=self.flags, home=_home())
 
     def backend(self) -> Any:
         """The modelling backend, once the installed versions are known to be supported."""
@@ -43,6 +44,14 @@ class Session:
         from compile_policy.backend import find_backend  # after the check: an old Transformers fails obscurely
 
         return find_backend()
+
+
+def _home() -> Path | None:
+    """What ``~`` means to the user's shell."""
+    try:
+        return Path.home()
+    except RuntimeError:  # no HOME, and no entry in the password database
+        return None
 
 
 def check_installed() -> None:
