@@ -13,6 +13,7 @@ import torch
 
 from compile_policy.errors import NotCompilable
 from compile_policy.example import Filler
+from compile_policy.masked_attention import is_causal_mark
 from compile_policy.shapes import Labels
 
 LabelFn = Callable[[str, torch.Tensor], Labels]
@@ -57,7 +58,8 @@ class Leaves:
     """Tensors of a call in order, with the label of every dim.
 
     ``label`` says which dims vary; an adapter that knows better passes labels of its own to `add`. ``mutable`` holds
-    the places of tensors that an adapter lets the graph write into, ``copied`` the originals of copied ones.
+    the places of tensors that an adapter lets the graph write into, ``copied`` the originals of copied ones, ``marks``
+    the places of causal marks (`masked_attention`).
     """
 
     label: LabelFn
@@ -67,6 +69,7 @@ class Leaves:
     paths: list[str] = field(default_factory=list)
     example_fillers: list[Filler | None] = field(default_factory=list)
     mutable: set[int] = field(default_factory=set)
+    marks: list[int] = field(default_factory=list)
     copied: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def add(
@@ -91,7 +94,9 @@ class Leaves:
             raise NotCompilable(f"argument {path} is a {type(tensor).__name__}, a tensor subclass with its own rules")
         if tensor.layout is not torch.strided:
             raise NotCompilable(f"argument {path} has layout {tensor.layout}; only strided tensors are compiled")
-        if not tensor.is_contiguous():
+        if not tensor.is_contiguous() and is_causal_mark(tensor):
+            self.marks.append(len(self.tensors))
+        elif not tensor.is_contiguous():
             if mutable:
                 raise NotCompilable(f"argument {path} is written in place and is not contiguous")
             self.copied[len(self.tensors)] = tensor

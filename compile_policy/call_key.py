@@ -39,6 +39,7 @@ class Call:
         paths: per leaf, where it stands in the call, for people.
         values: arguments as given, by name (their state is written back after the call).
         mutable: leaves that an adapter lets the graph write into.
+        marks: leaves that are causal marks, which not every graph takes.
         copied: leaf -> the tensor as given, where the leaf is a contiguous copy of it.
         finish: makes the component's result of that of the graph, where it is more.
     """
@@ -55,6 +56,7 @@ class Call:
     example: Callable[[], Mapping[str, Any]] | None = None
     frequent: Mapping[str, int] = field(default_factory=dict)
     mutable: frozenset[int] = frozenset()
+    marks: tuple[int, ...] = ()
     copied: Mapping[int, torch.Tensor] = field(default_factory=dict)
     finish: Callable[[Any], Any] | None = None
 
@@ -104,6 +106,7 @@ def make_call(
         example=example,
         frequent=frequent or {},
         mutable=frozenset(out.mutable),
+        marks=tuple(out.marks),
         copied=out.copied,
         finish=finish,
     )

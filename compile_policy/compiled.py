@@ -15,6 +15,7 @@ from compile_policy.audit import GuardRecord as GuardRecord
 from compile_policy.blocks import BlockSummary
 from compile_policy.errors import first_line
 from compile_policy.lowering import Lowering
+from compile_policy.masked_attention import dense, takes_marks
 from compile_policy.predicate import ShapeConditions
 from compile_policy.program import Program, picker
 from compile_policy.watched import Watched
@@ -56,6 +57,7 @@ class CompiledGraph:
         why_jit: why a graph was not lowered ahead of time although that was tried; empty otherwise.
         program: the native packages, when lowered ahead of time; takes ``bound`` and then the leaves in ``order``.
         blocks: how the graph was divided into packages; ``None`` on the other road.
+        marks: leaves that may be causal marks; code of the other road expects dense masks.
     """
 
     code: Callable[..., Any]
@@ -73,6 +75,7 @@ class CompiledGraph:
     blocks: BlockSummary | None = None
     bound: list[torch.Tensor] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
+    marks: frozenset[int] = frozenset()
 
     @property
     def road(self) -> str:
@@ -89,6 +92,14 @@ class CompiledGraph:
         if self._as_made and len(results) == len(self.outputs):
             return results
         return [results[i] if kind == "graph" else leaves[i] for kind, i in self.outputs]
+
+    def with_marks(self, leaves: list[torch.Tensor], marks: Sequence[int]) -> list[torch.Tensor]:
+        """The leaves with every causal mark that this graph does not take as a dense mask."""
+        leaves = list(leaves)
+        for number in marks:
+            if number not in self.marks:
+                leaves[number] = dense(leaves[number])
+        return leaves
 
     def _inputs(self, leaves: Sequence[torch.Tensor]) -> list[Any]:
         """The inputs of ``code``: only what the call brings is put in its place."""
@@ -130,6 +141,8 @@ class CompiledGraph:
         _reorder_inputs(gm, [*bound, *rest])
         self.bound = [a.tensor for a in (arguments[i] for i in bound) if a.tensor is not None]
         self.order = [arguments[i].leaf for i in rest]
+        inputs = [n for n in gm.graph.nodes if n.op == "placeholder"][len(bound) :]
+        self.marks = frozenset(i for i, node in zip(self.order, inputs, strict=True) if takes_marks(node))
         try:
             self.program, self.blocks = lowering.program(gm, self._frequent_sizes(labels, lowering.frequent))
         except Exception as error:

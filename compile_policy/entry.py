@@ -48,7 +48,8 @@ class Entry:
     def run(self, call: Call) -> Any:
         """Run the graph for a call with this entry's key and accepted sizes."""
         self.calls += 1
-        results = self.graph.run(call.leaves)
+        leaves = self.graph.with_marks(call.leaves, call.marks) if call.marks else call.leaves
+        results = self.graph.run(leaves)
         if call.copied:
             results = self._as_given(call, results)
         result = self.output.build(results, {name: public_value(call.values[name]) for name in self.output.names})

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from compile_policy.errors import NotCompilable
+from compile_policy.masked_attention import dense
 from compile_policy.shapes import Labels
 
 #: Sizes handed to labels in the order in which the call names them. Sums of two are avoided on purpose.
@@ -80,8 +81,8 @@ def examples(call: Shaped) -> Iterator[tuple[list[torch.Tensor], list[Labels]]]:
 
 
 def copies(leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Copies for a run that may write into its inputs."""
-    return [t.detach().clone().requires_grad_(t.requires_grad) for t in leaves]
+    """Copies for a run that may write into its inputs; a causal mark becomes the mask that it means."""
+    return [dense(t).detach().clone().requires_grad_(t.requires_grad) for t in leaves]
 
 
 def _fill(dtype: torch.dtype, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:

@@ -10,7 +10,7 @@ the mask does: its tail, which hides the slots that nothing fills yet, is left o
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from compile_policy.blocks import Piece
 from compile_policy.compat_fakes import of_shorter_length, with_sizes
+from compile_policy.masked_attention import is_masked_attention
 
 #: Under this name the ``meta`` of a graph holds options of Inductor for it.
 OPTIONS = "compile_policy_options"
@@ -54,7 +55,7 @@ def single_row(gm: GraphModule, symbols: Mapping[Any, int], tails: Sequence[int]
         elif _is_single(node, symbols):
             copies[node].target = _sum_of_products
         elif _is_single_query(node, symbols):
-            copies[node].target = _attention_of_shown if _mask_of(node) in short else _attention_of_one
+            copies[node].target = _one_query(node, shown=_mask_of(node) in short)
     made = GraphModule(gm, graph)
     made.meta[OPTIONS] = dict(_OPTIONS)
     return made
@@ -114,7 +115,7 @@ def _masks_slots(gm: GraphModule, number: int, symbols: Mapping[Any, int]) -> bo
 
 
 def _mask_of(node: Node) -> Any:
-    return _arguments(*node.args, **node.kwargs)[3]
+    return _arguments(node)[3]
 
 
 def _value(node: Node) -> Any:
@@ -131,9 +132,9 @@ def _is_single(node: Node, symbols: Mapping[Any, int]) -> bool:
 
 def _is_single_query(node: Node, symbols: Mapping[Any, int]) -> bool:
     """Whether the node is attention on a CPU of one query per head, and nothing special."""
-    if node.op != "call_function" or node.target is not _ATTENTION:
+    if node.op != "call_function" or not (node.target is _ATTENTION or is_masked_attention(node)):
         return False
-    query, key, value, _, dropout, causal = _arguments(*node.args, **node.kwargs)
+    query, key, value, _, dropout, causal = _arguments(node)
     shapes = [_value(n).shape for n in (query, key, value) if isinstance(n, Node)]
     if dropout != 0.0 or causal is not False or len(shapes) != 3 or any(len(shape) != 4 for shape in shapes):
         return False
@@ -146,7 +147,21 @@ def _becomes_one(size: Any, symbols: Mapping[Any, int]) -> bool:
     return isinstance(size, torch.SymInt) and bool(size.node.expr.subs(dict(symbols)) == 1)
 
 
-def _arguments(
+def _arguments(node: Node) -> tuple[Any, ...]:
+    """Query, key, value, mask, dropout and causality of an attention node."""
+    if is_masked_attention(node):
+        return (*node.args[:4], 0.0, False)
+    return _arguments_of_sdpa(*node.args, **node.kwargs)
+
+
+def _one_query(node: Node, *, shown: bool) -> Callable[..., torch.Tensor]:
+    """What attention of one query is written out as; ``shown``: its mask comes without a hidden tail."""
+    if is_masked_attention(node):
+        return _masked_of_shown if shown else _masked_of_one
+    return _attention_of_shown if shown else _attention_of_one
+
+
+def _arguments_of_sdpa(
     query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: Any = 0.0, is_causal: Any = False, **_: Any
 ) -> tuple[Any, ...]:
     return query, key, value, attn_mask, dropout_p, is_causal
@@ -165,6 +180,22 @@ def _attention_of_shown(
     """`_attention_of_one` under a mask that may end before the keys do: what is behind its end is not seen."""
     shown = attn_mask.shape[-1]
     return _attention_of_one(query, key.narrow(2, 0, shown), value.narrow(2, 0, shown), attn_mask, *args, **kwargs)
+
+
+def _masked_of_one(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """`masked_attention` of one query: (batch, 1, heads, head dim)."""
+    grouped = query.shape[1] != key.shape[1]
+    return _attention_of_one(query, key, value, mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
+
+
+def _masked_of_shown(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """`_masked_of_one` under a mask that may end before the keys do."""
+    shown = mask.shape[-1]
+    return _masked_of_one(query, key.narrow(2, 0, shown), value.narrow(2, 0, shown), mask, scale)
 
 
 def _attention_of_one(

@@ -19,11 +19,17 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
+from compile_policy.masked_attention import causal_mark, masked_attention
+
 DECODER = "compile_policy"
 ADDITIVE = "compile_policy_additive"
 #: Masks alone, for what runs eager before a graph; on the configuration: which masks are made, and those that were.
 NOTED = "compile_policy_noted"
 NOTED_AS, NOTED_MASKS = "_noted_as", "_noted_masks"
+#: Set on the configuration that masks are made from while causal marks may take the place of causal masks.
+MARKS = "_causal_marks"
+#: Marks are for prompts of at least so many tokens: below, a dense mask costs next to nothing.
+MARKED_FROM = 128
 ENCODER = "compile_policy_flash_varlen"
 CAUSAL_ENCODER = f"{ENCODER}_causal"
 
@@ -40,10 +46,22 @@ def dense_mask(*args: Any, **kwargs: Any) -> torch.Tensor:
     return mask
 
 
-def decoder_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """`dense_mask`, but none where nothing is masked whatever the sizes: an encoder's output without padding."""
+def decoder_mask(*args: Any, config: Any = None, **kwargs: Any) -> torch.Tensor | None:
+    """`dense_mask`, but none where nothing is masked whatever the sizes: an encoder's output without padding.
+
+    A `causal_mark` where ``config`` takes marks and Transformers says that SDPA's ``is_causal`` means the same.
+    """
     everything = kwargs.get("mask_function") is bidirectional_mask_function and kwargs.get("attention_mask") is None
-    return None if everything and kwargs.get("allow_is_bidirectional_skip") else dense_mask(*args, **kwargs)
+    if everything and kwargs.get("allow_is_bidirectional_skip"):
+        return None
+    if not getattr(config, MARKS, False) or not kwargs.get("allow_is_causal_skip"):
+        return dense_mask(*args, **kwargs)
+    kwargs["allow_is_bidirectional_skip"] = False
+    mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
+    if mask is not None:
+        return mask
+    device = kwargs.get("device", "cpu")
+    return causal_mark(kwargs["batch_size"], kwargs["q_length"], kwargs["kv_length"], device)
 
 
 def additive_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> torch.Tensor | None:
@@ -127,6 +145,8 @@ def dense_attention(
     if scaling is not None and not has_static_value(scaling):
         # Made of a size, as channel attention has it. SDPA takes a number: the graph would hold for one size.
         query, scaling = query * scaling, 1.0
+    if _is_opaque(query, attention_mask, dropout, explicit):
+        return masked_attention(query, key, value, attention_mask, scaling), None
     if explicit:
         out = _explicit(query, key, value, attention_mask, scaling, softcap, sinks)
     else:
@@ -135,6 +155,13 @@ def dense_attention(
         )
     # Not .contiguous(): that asks whether a copy is needed, and the answer differs for a single token.
     return out.transpose(1, 2).clone(memory_format=torch.contiguous_format), None
+
+
+def _is_opaque(query: torch.Tensor, mask: torch.Tensor | None, dropout: float, explicit: bool) -> bool:
+    """True if `masked_attention` may compute it: a boolean mask, nothing special, no gradients, no autocast."""
+    if mask is None or mask.dtype is not torch.bool or mask.dim() != 4 or dropout != 0.0 or explicit:
+        return False
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled(query.device.type)
 
 
 def _left_to_sdpa(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:

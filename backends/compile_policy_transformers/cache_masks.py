@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DummyLayer
 
+from compile_policy.masked_attention import dense
 from compile_policy_transformers import attention
 from compile_policy_transformers.cache_layers import kind_of
 
@@ -82,7 +83,7 @@ def arranged(mask: Any, cache: Cache | None, *, sliding: bool) -> Any:
     layers: list[Any] = cache.layers
     for layer in layers:
         if type(layer) is not DummyLayer and kind_of(layer) == "static_sliding":
-            return sliding_mask(mask, layer.max_cache_len, layer.cumulative_length_int)
+            return sliding_mask(dense(mask), layer.max_cache_len, layer.cumulative_length_int)
     return mask
 
 

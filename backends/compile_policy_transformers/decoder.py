@@ -163,7 +163,8 @@ class DecoderBinder:
         cache: Any = values.get("past_key_values")
         empty = cache is None or cache_layers.is_empty(cache)
         beyond = self.lengths.passed(tokens.shape[1] + (0 if empty else held_by(cache)))
-        return (form_of(values), padded, tokens.shape[1] == 1, tokens.shape[0] == 1, empty, beyond), rows
+        marked = tokens.shape[1] >= attention.MARKED_FROM  # whose mask may be a causal mark
+        return (form_of(values), padded, tokens.shape[1] == 1, tokens.shape[0] == 1, empty, beyond, marked), rows
 
     def step(self, kwargs: dict[str, Any], here: tuple[Any, ...]) -> Step | None:
         """The short road: the single-token call that repeats the last one on its cache."""

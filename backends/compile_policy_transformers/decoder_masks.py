@@ -69,8 +69,8 @@ class DecoderMasks:
         if self.own is not None and not isinstance(mask, Mapping):
             return self.own.made(self.dense_config, embeds, mask, cache, text)
         if self._no_window and not isinstance(mask, Mapping):
-            return create_causal_mask(self.dense_config, embeds, mask, cache, position_ids=text)
-        made = self.create(self.dense_config, embeds, mask, cache, position_ids=text)
+            return create_causal_mask(self._config_for(embeds), embeds, mask, cache, position_ids=text)
+        made = self.create(self._config_for(embeds), embeds, mask, cache, position_ids=text)
         if embeds.shape[1] == 1 or getattr(self.config, _BIDIRECTIONAL, False) not in (True, "all"):
             return made  # a single token has no future to see
         if self._makes_own:
@@ -81,6 +81,15 @@ class DecoderMasks:
             stock = stock or {}
             return {name: torch.ones_like(m) if stock.get(name) is None else m for name, m in made.items()}
         return torch.ones_like(made) if stock is None else made
+
+    def _config_for(self, embeds: torch.Tensor) -> Any:
+        """``dense_config``, with causal marks in place of masks for a long prompt that wants no gradients."""
+        marked = self.implementation == attention.DECODER and embeds.shape[1] >= attention.MARKED_FROM
+        if not marked or torch.is_grad_enabled() or torch.is_autocast_enabled(embeds.device.type):
+            return self.dense_config
+        config = copy.copy(self.dense_config)
+        setattr(config, attention.MARKS, True)
+        return config
 
 
 def prepares_own(decoder: torch.nn.Module) -> bool:

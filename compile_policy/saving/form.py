@@ -47,6 +47,7 @@ def to_files(entry: Entry, module: torch.nn.Module) -> dict[str, bytes]:
         "bound": [_bound(t, place_of) for t in graph.bound],
         "arguments": [_argument(a, place_of) for a in graph.arguments],
         "order": graph.order,
+        "marks": sorted(graph.marks),
         "outputs": graph.outputs,
         "conditions": graph.accepts.conditions,
         "passed_over": graph.accepts.passed_over,
@@ -100,6 +101,7 @@ def from_files(files: Mapping[str, bytes], module: torch.nn.Module, call: Call) 
         program=Program.from_dict(document["program"], packages),
         bound=bound,
         order=[int(i) for i in document["order"]],
+        marks=frozenset(map(int, document["marks"])),
     )
     leaves = tuple((str(kind), *rest) for kind, *rest in document["result"]["leaves"])
     output = OutputSpec(pytree.treespec_loads(document["result"]["tree"]), leaves)
