@@ -145,7 +145,7 @@ def dense_attention(
     if scaling is not None and not has_static_value(scaling):
         # Made of a size, as channel attention has it. SDPA takes a number: the graph would hold for one size.
         query, scaling = query * scaling, 1.0
-    if _is_opaque(query, attention_mask, dropout, explicit):
+    if attention_mask is not None and _is_opaque(query, attention_mask, dropout, explicit):
         return masked_attention(query, key, value, attention_mask, scaling), None
     if explicit:
         out = _explicit(query, key, value, attention_mask, scaling, softcap, sinks)
@@ -157,9 +157,9 @@ def dense_attention(
     return out.transpose(1, 2).clone(memory_format=torch.contiguous_format), None
 
 
-def _is_opaque(query: torch.Tensor, mask: torch.Tensor | None, dropout: float, explicit: bool) -> bool:
+def _is_opaque(query: torch.Tensor, mask: torch.Tensor, dropout: float, explicit: bool) -> bool:
     """True if `masked_attention` may compute it: a boolean mask, nothing special, no gradients, no autocast."""
-    if mask is None or mask.dtype is not torch.bool or mask.dim() != 4 or dropout != 0.0 or explicit:
+    if mask.dtype is not torch.bool or mask.dim() != 4 or dropout != 0.0 or explicit:
         return False
     return not torch.is_grad_enabled() and not torch.is_autocast_enabled(query.device.type)
 
