@@ -138,5 +138,5 @@ def test_layers_of_a_cache_that_are_not_known() -> None:
     class Own(DynamicLayer):
         pass
 
-    why = unknown(Own())
+    why = unknown(Own)
     assert "class Own" in _code(why.reason) and "use_cache=False" in why.remedy

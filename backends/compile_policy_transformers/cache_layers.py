@@ -54,6 +54,7 @@ MOVED = "moved"
 _DECIDING = (
     *("update", "lazy_initialization", "get_seq_length", "get_mask_sizes"),
     *("update_conv_state", "update_recurrent_state", "update_indexer"),
+    *("keys", "values", "__getattribute__", "__getattr__", "__setattr__"),
 )
 
 
@@ -63,14 +64,18 @@ def kind_of(layer: Any) -> str:
     Raises:
         NotCompilable: it is of a class that is not known, and is more than keys and values.
     """
-    cls = type(layer)
+    return kind_of_class(type(layer))
+
+
+def kind_of_class(cls: type) -> str:
+    """How layers of a class keep their keys and values; see `kind_of`."""
     if cls in KINDS:
         return KINDS[cls]
     base = next((c for c in cls.__mro__ if c in KINDS), None)
     if base is not None and all(getattr(cls, n, None) is getattr(base, n, None) for n in _DECIDING):
         return KINDS[base]
-    if states.is_linear(layer) or states.is_indexed(layer) or not isinstance(layer, CacheLayerMixin):
-        raise unknown(layer)
+    if states.is_linear_class(cls) or states.is_indexed_class(cls) or not issubclass(cls, CacheLayerMixin):
+        raise unknown(cls)
     return MOVED
 
 
@@ -94,15 +99,20 @@ def initialise(cache: Cache, shapes: Sequence[LayerShape], batch: int, device: t
     for layer, shape in zip(layers, shapes, strict=False):
         if shape.keys is not None and shape.values is not None and not layer.is_initialized:
             keys, values = (t.new_empty((batch, *t.shape[1:]), device=device) for t in (shape.keys, shape.values))
-            layer.lazy_initialization(keys, values)
-            if isinstance(layer, DynamicLayer) and not (layer.keys is not None and layer.keys.numel()):
-                layer.keys, layer.values = keys, values
+            initialise_layer(layer, keys, values)
         if shape.states is not None:
             states.initialise_states(layer, shape.states, batch, device)
         if shape.indexer is not None and not layer.is_indexer_initialized:
             states.initialise_indexer(layer, shape.indexer, batch, device)
         if shape.positions is not None and layer.indexer_position_ids is None:
             layer.indexer_position_ids = shape.positions.new_empty((len(shape.positions), batch, 0), device=device)
+
+
+def initialise_layer(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Give one lazy layer its tensors; ``keys`` and ``values`` hold no states yet."""
+    layer.lazy_initialization(keys, values)
+    if isinstance(layer, DynamicLayer) and not (layer.keys is not None and layer.keys.numel()):
+        layer.keys, layer.values = keys, values
 
 
 def needs_initialisation(cache: Cache, shapes: Sequence[LayerShape] | None) -> bool:
@@ -170,9 +180,9 @@ def _shape(layer: Any, first_token: int | None) -> LayerShape:
     return LayerShape(keys, values, linear, indexer, positions)
 
 
-def unknown(layer: Any) -> NotCompilable:
-    name = type(layer).__name__
-    where = place_in(type(layer), f"class {name}")
+def unknown(cls: type) -> NotCompilable:
+    name = cls.__name__
+    where = place_in(cls, f"class {name}")
     return NotCompilable(
         f"the cache has a {name} ({where}), which the policy cannot pass to a graph yet",
         remedy="Give a cache whose layers are Transformers' own (DynamicCache, StaticCache), or use_cache=False.",

@@ -23,7 +23,14 @@ from compile_policy import compat
 from compile_policy.adapters import Leaves
 from compile_policy.errors import NotCompilable, first_line
 from compile_policy_transformers.cache_blocks import Block, blocks, is_held, refused
-from compile_policy_transformers.cache_layers import KINDS, MOVED, kind_of
+from compile_policy_transformers.cache_layers import (
+    KINDS,
+    MOVED,
+    LayerShape,
+    initialise_layer,
+    kind_of,
+    kind_of_class,
+)
 
 #: What the numbers are kept in: no layer has states of that kind, so it shows which tensors are states.
 _NUMBERS = torch.float64
@@ -168,7 +175,8 @@ def ask(layer: Any, held: Sequence[Block], new: int) -> Moves:
         return _asked(layer, held, (keys.shape[0], keys.shape[1]), (keys.shape[3], values.shape[3]), new)
 
 
-def _asked(layer: Any, held: Sequence[Block], rows: tuple[int, int], dims: tuple[int, int], new: int) -> Moves:
+def _twin(layer: Any) -> Any:
+    """A copy of a layer that holds numbers for states."""
     twin: Any = object.__new__(type(layer))
     for name, value in vars(layer).items():
         if isinstance(value, torch.Tensor):
@@ -178,6 +186,64 @@ def _asked(layer: Any, held: Sequence[Block], rows: tuple[int, int], dims: tuple
         elif isinstance(value, torch.device):
             value = torch.device("cpu")
         setattr(twin, name, value)
+    return twin
+
+
+def check_lazy(cache: Cache, shapes: Sequence[LayerShape]) -> None:
+    """Refuse layers that do not do the same when they get their tensors before their first states arrive.
+
+    Asked on copies of the layers, with numbers for states: nothing in the cache changes.
+
+    Raises:
+        NotCompilable: a layer does more with states than to move them, or has to stay as it is until they arrive.
+    """
+    layers: list[Any] = list(cache.layers)
+    if cache.layer_class_to_replicate is not None and kind_of_class(cache.layer_class_to_replicate) == MOVED:
+        while len(layers) < len(shapes):  # as its first call does
+            layers.append(cache.layer_class_to_replicate())
+        cache.layers[:] = layers
+    known: set[Any] = set()
+    for layer, shape in zip(layers, shapes, strict=False):
+        own = type(layer) is not DummyLayer and type(layer) not in KINDS and kind_of(layer) == MOVED
+        if not own or layer.is_initialized or shape.keys is None or shape.values is None:
+            continue
+        kind = (condition(layer), shape.keys.shape, shape.values.shape)
+        if kind not in known:
+            _check_one(layer, shape.keys, shape.values)
+            known.add(kind)
+
+
+def _check_one(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+    rows, dims = (keys.shape[0], keys.shape[1]), (keys.shape[3], values.shape[3])
+    states = [_repeated(torch.arange(1, 4, dtype=_NUMBERS), rows, dim) for dim in dims]
+    found = []
+    for early in (False, True):
+        twin = _twin(layer)
+        try:
+            with torch.no_grad(), _OnlyMoves():
+                if early:
+                    initialise_layer(twin, states[0][:, :, :0].clone(), states[1][:, :, :0].clone())
+                seen = [t.clone() for t in twin.update(*[t.clone() for t in states])]
+        except NotCompilable as why:
+            raise refused(layer, why.reason) from None
+        except Exception as error:
+            what = "has to get its tensors from its first states" if early else f"fails on numbers: {first_line(error)}"
+            raise refused(layer, what) from error
+        found.append((seen, vars(twin)))
+    (seen, held), (seen_early, held_early) = found
+    same = held.keys() == held_early.keys() and all(_equal(held[name], held_early[name]) for name in held)
+    if not (same and all(map(_equal, seen, seen_early))):
+        raise refused(layer, "has to get its tensors from its first states")
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.equal(a, b) or a.numel() == b.numel() == 0
+    return type(a) is type(b) and bool(a == b)
+
+
+def _asked(layer: Any, held: Sequence[Block], rows: tuple[int, int], dims: tuple[int, int], new: int) -> Moves:
+    twin = _twin(layer)
     first, memory = 1, []
     for block in held:
         numbers = torch.arange(first, first + block.keys.shape[2], dtype=_NUMBERS)

@@ -36,11 +36,19 @@ class StateShapes:
 
 
 def is_linear(layer: Any) -> bool:
-    return isinstance(layer, LinearAttentionCacheLayerMixin)
+    return is_linear_class(type(layer))
+
+
+def is_linear_class(cls: type) -> bool:
+    return issubclass(cls, LinearAttentionCacheLayerMixin)
 
 
 def is_indexed(layer: Any) -> bool:
-    return isinstance(layer, (DynamicIndexedLayer, StaticIndexedLayer))
+    return is_indexed_class(type(layer))
+
+
+def is_indexed_class(cls: type) -> bool:
+    return issubclass(cls, (DynamicIndexedLayer, StaticIndexedLayer))
 
 
 # -- linear attention -------------------------------------------------------------------------------------------------

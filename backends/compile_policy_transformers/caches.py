@@ -18,6 +18,7 @@ from compile_policy.adapters import Leaves, register_adapter
 from compile_policy.errors import NotCompilable
 from compile_policy_transformers import cache_moves
 from compile_policy_transformers import cache_states as states
+from compile_policy_transformers.cache_checks import check, own_attributes
 from compile_policy_transformers.cache_layers import MOVED, kind_of
 from compile_policy_transformers.cache_twins import rebuild_layer, slots_to_keep, states_to_keep
 
@@ -50,10 +51,7 @@ class CacheCall:
 class _CacheAdapter:
     def flatten(self, value: CacheCall, out: Leaves, path: str) -> Any:
         cache: Any = value.cache  # Transformers types layers as a union of what they may be
-        if cache.offloading:
-            raise NotCompilable("the cache is offloaded", remedy="Use a cache that stays on the device.")
-        if any("update" in vars(part) for part in (cache, *cache.layers)):
-            raise NotCompilable("`update` was replaced on this cache", remedy="Write it into a class of its own.")
+        check(cache)
         selects: dict[tuple[str, int, int], int] = {}
         groups = cache_moves.groups(cache)
         layers = tuple(
@@ -70,7 +68,7 @@ class _CacheAdapter:
             index = choose(size, held, value.query_length, out.tensors[-1].device)
             label = SLIDING_SLOTS if kind == "static_sliding" else SLIDING_KEPT
             out.add(index, f"{path}.select[{n}]", (label,), filler=_any_states)
-        return (type(cache), layers, len(selects), kept)
+        return (type(cache), layers, len(selects), kept, own_attributes(cache))
 
     def _flatten_layer(
         self, layer: Any, selects: dict[tuple[str, int, int], int], out: Leaves, path: str
@@ -123,8 +121,10 @@ class _CacheAdapter:
             out.add(getattr(layer, name), f"{path}.{name}", ("batch", None, length, None), mutable=mutable)
 
     def rebuild(self, spec: Any, leaves: Iterator[torch.Tensor]) -> Cache:
-        cls, layer_specs, n_selects, kept = spec
+        cls, layer_specs, n_selects, kept, own = spec
         cache: Any = object.__new__(cls)
+        for name, constant in own:
+            setattr(cache, name, constant)
         cache.layers = [rebuild_layer(s, leaves) for s in layer_specs]
         cache.layer_class_to_replicate = None
         cache.offloading = False
@@ -139,6 +139,9 @@ class _CacheAdapter:
         return cast(Cache, cache)
 
     def state(self, spec: Any, value: Cache) -> list[torch.Tensor]:
+        for name, before in spec[4]:
+            if getattr(value, name) != before:
+                raise NotCompilable(f"every call changes {name} of the cache, which a graph would leave as it is")
         out: list[torch.Tensor] = []
         for s, layer in zip(spec[1], cast(Any, value).layers, strict=True):
             grows = _attention(s)[0] in ("dynamic", "sliding")

@@ -80,7 +80,7 @@ class ReadCall:
         held: Any = self.cache.layers[layer]
         kind = cache_layers.kind_of(held)
         if kind not in _LENGTHS:
-            raise cache_layers.unknown(held)
+            raise cache_layers.unknown(type(held))
         if held.keys is None or held.keys.dim() != 4:
             raise NotCompilable("a layer of the cache holds no states yet")
         return kind

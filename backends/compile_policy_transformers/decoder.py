@@ -21,7 +21,7 @@ from compile_policy.errors import NotCompilable
 from compile_policy.failure import place_in
 from compile_policy.proof import form_of
 from compile_policy.region import Bound
-from compile_policy_transformers import attention, cache_layers, caches, compat
+from compile_policy_transformers import attention, cache_checks, cache_layers, cache_moves, caches, compat
 from compile_policy_transformers.cache_masks import all_sliding, arranged, each_arranged, each_padded, mask_config
 from compile_policy_transformers.cache_pairs import PairCall
 from compile_policy_transformers.cache_states import is_linear
@@ -226,6 +226,7 @@ class DecoderBinder:
             return None
         if not isinstance(cache, Cache):
             raise NotCompilable(f"the cache is a {type(cache).__name__}, which is no Transformers Cache")
+        cache_checks.check(cache)
         values["use_cache"] = use_cache
         if self.rule.wraps_cache and use_cache and isinstance(cache, DynamicCache):
             cache = EncoderDecoderCache(cache, DynamicCache(config=self.config))
@@ -233,7 +234,9 @@ class DecoderBinder:
         if module.training and torch.is_grad_enabled() and any(map(is_linear, getattr(own, "layers", ()))):
             raise NotCompilable(_IN_PLACE, remedy="Call it with use_cache=False while it is trained.")
         if cache_layers.needs_initialisation(own, self.shapes.get(embeds.dtype)):
-            cache_layers.initialise(own, self._layer_shapes(module, values, embeds), embeds.shape[0], embeds.device)
+            shapes = self._layer_shapes(module, values, embeds)
+            cache_moves.check_lazy(own, shapes)
+            cache_layers.initialise(own, shapes, embeds.shape[0], embeds.device)
         found: Cache = cache
         return found
 
