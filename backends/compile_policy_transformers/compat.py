@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch._dynamo.utils import counters as dynamo_counters
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import output_capturing as output_capturing_of_transformers
@@ -32,6 +33,11 @@ known_cause(  # CompileableContextVar.reset: the inner model's ends what the out
 _CAPTURING = "_output_capturing_hooks_installed"
 #: Among what is collected: which hidden states are wanted. Argument of the collecting decorator.
 _SELECTED, _TIED = "_hidden_states_layers", "tie_last_hidden_states"
+
+
+def dynamo_graphs() -> int:
+    """Graphs that Dynamo has captured in this process; its counters are not documented."""
+    return int(dynamo_counters["stats"]["unique_graphs"])
 
 
 def build_from_config(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
