@@ -127,7 +127,7 @@ def test_all_multimodal_types_and_some_text() -> None:
 
 def test_the_page_and_its_check(llama: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line that is no longer what was measured fails the check."""
-    monkeypatch.setattr("compile_policy.cli.matrix._measure_apart", lambda name, timeout: llama)
+    monkeypatch.setattr("compile_policy.cli.matrix._measure_apart", lambda sheet, name, timeout, store: llama)
     file = tmp_path / "models.md"
     assert main(["matrix", "llama", "--out", str(file)]) == 0
     text = file.read_text()
@@ -145,7 +145,7 @@ def test_a_run_that_was_stopped_goes_on(llama: dict[str, Any], tmp_path: Path, m
     """Rows that are done are not measured again; once all are, what was kept is gone."""
     measured: list[str] = []
 
-    def apart(name: str, timeout: float) -> dict[str, Any]:
+    def apart(sheet: Any, name: str, timeout: float, store: str) -> dict[str, Any]:
         measured.append(name)
         if name == "qwen3" and len(measured) < 3:
             raise KeyboardInterrupt
