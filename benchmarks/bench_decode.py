@@ -31,6 +31,7 @@ from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, PreTraine
 
 import compile_policy
 from compile_policy import CompilationConfig
+from compile_policy_transformers.cache_argument import CACHE
 
 PROMPTS = (40, 57, 23)
 
@@ -101,7 +102,7 @@ def run(contender: Contender, ids: torch.Tensor, cache: str, tokens: int) -> tor
     arguments = dict(contender.arguments)
     if cache == "static":
         length = -(-(ids.shape[1] + tokens) // 256) * 256
-        arguments["past_key_values"] = StaticCache(contender.model.config, max_cache_len=length)
+        arguments[CACHE] = StaticCache(contender.model.config, max_cache_len=length)
     return contender.model.generate(
         ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, **arguments
     )

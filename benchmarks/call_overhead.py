@@ -27,6 +27,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 import compile_policy
 from compile_policy.applied import regions
+from compile_policy_transformers.cache_argument import CACHE
 
 PROMPT, SLOTS, WIDTH = 5, 64, 32
 WAYS = {
@@ -49,7 +50,7 @@ def call(cache: Any, new: int, seen: int) -> dict[str, Any]:
         "inputs_embeds": torch.randn(1, new, WIDTH),
         "attention_mask": mask,
         "position_ids": torch.arange(seen, seen + new)[None],
-        "past_key_values": cache,
+        CACHE: cache,
         "use_cache": True,
     }
 

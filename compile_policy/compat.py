@@ -1,4 +1,4 @@
-"""Versions that are supported, and private symbols of torch, each in one place and each with a test.
+"""Private symbols of torch, each in one place and each with a test.
 
 Beside it and its siblings ``compat_*`` nothing in ``compile_policy`` reaches below torch's documented interface.
 """
@@ -26,11 +26,6 @@ from torch.utils._device import DeviceContext
 from torch.utils.hooks import RemovableHandle
 
 from compile_policy.compat_precision import matmul_precision
-from compile_policy.errors import EnvironmentNotSupported
-
-#: Oldest versions that the tests have passed on.
-TORCH_FLOOR = (2, 11)
-TRANSFORMERS_FLOOR = (5, 17)
 
 _GLOBAL_HOOKS: tuple[Mapping[int, Any], ...] = (
     module_hooks._global_forward_pre_hooks,
@@ -50,21 +45,6 @@ _global_pre, _global_after, _global_backward_pre, _global_backward = _GLOBAL_HOO
 
 _UNPACKED = re.compile(r" (/[^\n]*/aotinductor_[^/\n]+)/[^\n]*\.so$", re.MULTILINE)  # not those "(deleted)" already
 _SIZE_OF_LEAF = re.compile(r"L\['leaves'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
-
-
-def check_versions(torch_version: str, transformers_version: str) -> None:
-    """Refuse a torch or Transformers older than the oldest tested one."""
-    for name, version, floor in (
-        ("torch", torch_version, TORCH_FLOOR),
-        ("transformers", transformers_version, TRANSFORMERS_FLOOR),
-    ):
-        found = re.match(r"(\d+)\.(\d+)", version)
-        if found is None or (int(found[1]), int(found[2])) < floor:
-            least = ".".join(map(str, floor))
-            raise EnvironmentNotSupported(
-                f"{name} {version} is not supported, {least} is the oldest that is.",
-                remedy=f"pip install '{name}>={least}'",
-            )
 
 
 def graph_argument(node: torch.fx.Node) -> tuple[Any, Any]:

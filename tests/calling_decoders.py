@@ -71,12 +71,14 @@ class CallsBefore(LlamaModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Any = None,  # to Transformers 5.23
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Any = None,  # from 5.24
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        past_key_values = past_key_values if cache is None else cache
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if pixel_values is not None:

@@ -15,21 +15,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from compile_policy import compat
 from compile_policy.compat_fakes import of_shorter_length, with_own_sizes, with_sizes
 from compile_policy.errors import EnvironmentNotSupported
+from compile_policy.versions import check_versions
 
 
 @pytest.mark.parametrize(("torch_version", "name"), [("2.10.1", "torch"), ("1.13", "torch"), ("strange", "torch")])
 def test_an_old_torch_is_refused_with_the_command(torch_version: str, name: str) -> None:
     """Below the floor, or unreadable: the message has the command that mends it."""
-    with pytest.raises(EnvironmentNotSupported, match=rf"{name} {torch_version}.*pip install '{name}>=2\.11'"):
-        compat.check_versions(torch_version, "5.17.0")
+    with pytest.raises(EnvironmentNotSupported, match=rf"{name} {torch_version}.*pip install '{name}>=2\.11,<2\.16'"):
+        check_versions(torch_version, "5.17.0")
 
 
 def test_floors_and_newer_versions_pass() -> None:
     """The oldest tested versions, local builds and newer ones are fine; an old Transformers is not."""
-    compat.check_versions("2.11.0+cpu", "5.17.0.dev0")
-    compat.check_versions(torch.__version__, "6.0")
+    check_versions("2.11.0+cpu", "5.17.0.dev0")
+    check_versions(torch.__version__, "6.0")
     with pytest.raises(EnvironmentNotSupported, match=r"transformers 5\.16\.9"):
-        compat.check_versions("2.13.0", "5.16.9")
+        check_versions("2.13.0", "5.16.9")
 
 
 def test_what_dynamo_hands_to_a_backend() -> None:

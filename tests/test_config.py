@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compile_policy.compat import check_versions
 from compile_policy.config import CompilationConfig
 from compile_policy.configured import store_of
 from compile_policy.errors import ConfigError, EnvironmentNotSupported, PolicyWarning
 from compile_policy.flags import parse_flags
+from compile_policy.versions import check_versions
 
 
 def test_defaults() -> None:

@@ -28,6 +28,7 @@ from compile_policy.region import Region, RegionOptions, SignatureBinder
 from compile_policy.words import conditions_in_words
 from compile_policy_transformers import find_components, tiny_inputs, tiny_model
 from compile_policy_transformers.base import called_components
+from compile_policy_transformers.cache_argument import CACHE
 from compile_policy_transformers.components import RULES, meta_model
 
 EAGER = cp.CompilationConfig(backend="eager")
@@ -393,9 +394,9 @@ def test_the_command_fits_the_terminal(width: int, capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     assert max(len(line) for line in out.splitlines()) <= width
     flat = " ".join(out.split())
-    for said in ("Qwen2_5_VLTextModel", "past_key_values.layers[0-1].keys", "batch x 1 x sequence x past+sequence"):
+    for said in ("Qwen2_5_VLTextModel", f"{CACHE}.layers[0-1].keys", "batch x 1 x sequence x past+sequence"):
         assert said in flat
-    for said in ("tokens in the cache (rule)", "two sets of pictures (probe)", "another kind of past_key_values"):
+    for said in ("tokens in the cache (rule)", "two sets of pictures (probe)", f"another kind of {CACHE}"):
         assert said in flat
     assert "DynamicCache" in flat and "Use one kind" in flat
 

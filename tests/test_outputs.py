@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import ModelOutput
 
 from compile_policy.outputs import OutputSpec
+from compile_policy_transformers.cache_argument import CACHE
 from compile_policy_transformers.outputs import constructor
 
 
@@ -41,10 +42,10 @@ def test_model_outputs(cls: type) -> None:
     """Same class, fields, items, order and objects; it can be changed and pickled like one of the usual make."""
     first = "logits" if cls is CausalLMOutputWithPast else "last_hidden_state"
     tensor, cache = torch.rand(2), DynamicCache()
-    usual = cls(**{first: tensor, "past_key_values": cache})
-    spec = OutputSpec(pytree.tree_structure(usual), (("tensor",), ("value", "past_key_values")))
-    assert constructor(cls, [first, "past_key_values"]) is not None
-    ours = spec.build([tensor, torch.rand(1)], {"past_key_values": cache})
+    usual = cls(**{first: tensor, CACHE: cache})
+    spec = OutputSpec(pytree.tree_structure(usual), (("tensor",), ("value", CACHE)))
+    assert constructor(cls, [first, CACHE]) is not None
+    ours = spec.build([tensor, torch.rand(1)], {CACHE: cache})
     _same(ours, usual)
     ours.hidden_states = usual.hidden_states = (tensor,)
     _same(ours, usual)
@@ -53,9 +54,9 @@ def test_model_outputs(cls: type) -> None:
 
 def test_a_missing_part_is_an_attribute_without_an_item() -> None:
     """As the usual constructor has it."""
-    make = constructor(BaseModelOutputWithPast, ["last_hidden_state", "past_key_values"])
+    make = constructor(BaseModelOutputWithPast, ["last_hidden_state", CACHE])
     assert make is not None
-    _same(make([x := torch.rand(1), None]), BaseModelOutputWithPast(last_hidden_state=x, past_key_values=None))
+    _same(make([x := torch.rand(1), None]), BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: None}))
 
 
 def test_nested_results_and_odd_classes_go_through_pytree() -> None:

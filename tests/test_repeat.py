@@ -21,6 +21,7 @@ from compile_policy.applied import regions
 from compile_policy.predicate import ShapeConditions
 from compile_policy.region import Region
 from compile_policy_transformers import repeat
+from compile_policy_transformers.cache_argument import CACHE
 from compile_policy_transformers.tiny import tiny_config, tiny_model
 
 PROMPT, SLOTS, BATCH = 6, 32, 2
@@ -63,7 +64,7 @@ class Sequence:
             "inputs_embeds": torch.randn(BATCH, new, width, generator=self.generator),
             "attention_mask": self._dense(mask, new) if static else mask,
             "position_ids": (torch.arange(self.seen, self.seen + new)[None] - torch.tensor(self.padding)[:, None]),
-            "past_key_values": self.cache,
+            CACHE: self.cache,
             "use_cache": True,
             **self.extra,
         }

@@ -34,11 +34,13 @@ class RoutesByIds(LlamaModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Any = None,  # to Transformers 5.23
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Any = None,  # from 5.24
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        past_key_values = past_key_values if cache is None else cache
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -109,11 +111,13 @@ class ScalesItsOwn(LlamaModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Any = None,  # to Transformers 5.23
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Any = None,  # from 5.24
         **kwargs: Any,
     ) -> Any:
+        past_key_values = past_key_values if cache is None else cache
         inputs_embeds = self.embedded(input_ids, inputs_embeds)
         return super().forward(
             None, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs

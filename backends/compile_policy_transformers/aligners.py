@@ -6,7 +6,7 @@ decoder is traced, such a layer has a ``forward`` of ours: the same masks, atten
 where the mask lets something through.
 
 A layer is known by its code, whatever its class is called: the fingerprint of ``forward`` has to be that of what this
-was written against (Transformers 5.23). One whose code is another is traced as it is, which fails at that line, so
+was written against. One whose code is another is traced as it is, which fails at that line, so
 that the decoder runs eager. Nothing of Transformers is changed. Drop this once the stock layer asks for no values.
 """
 
@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
+from compile_policy_transformers import releases
 from compile_policy_transformers.known_code import fingerprint
 from compile_policy_transformers.swapped import swapped
 
 #: Fingerprint of the code that the twin stands for.
-_FORWARD = "9850b0482cf4bdb3"
+_FORWARD = releases.EVOLLA_ALIGNER
 
 
 def asking_layers(decoder: torch.nn.Module) -> list[torch.nn.Module]:
@@ -48,7 +49,7 @@ def _forward(
     protein_batch_mask: torch.Tensor | None = None,
     structure_batch_mask: torch.Tensor | None = None,
     msa_batch_mask: torch.Tensor | None = None,
-    past_key_values: Any = None,
+    **unused: Any,  # the cache, by the name that a release gives it
 ) -> torch.Tensor:
     """The layer's ``forward``: (batch, queries, hidden size)."""
     states = (protein_kv_states, structure_kv_states, msa_kv_states)

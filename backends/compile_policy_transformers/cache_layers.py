@@ -14,7 +14,6 @@ import torch
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicCache,
     DynamicIndexedLayer,
     DynamicLayer,
@@ -33,6 +32,7 @@ from transformers.cache_utils import (
 from compile_policy.errors import NotCompilable
 from compile_policy.failure import place_in
 from compile_policy_transformers import cache_states as states
+from compile_policy_transformers.releases import DummyLayer
 
 #: Class of a layer -> how its keys and values are kept.
 KINDS: dict[type, str] = {

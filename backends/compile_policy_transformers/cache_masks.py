@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DummyLayer
+from transformers.cache_utils import Cache
 
 from compile_policy.masked_attention import dense
 from compile_policy_transformers import attention
 from compile_policy_transformers.cache_layers import kind_of
+from compile_policy_transformers.releases import DummyLayer
 
 SLIDING = ("sliding_attention", "chunked_attention")
 

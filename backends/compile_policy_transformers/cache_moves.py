@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.cache_utils import Cache, DummyLayer
+from transformers.cache_utils import Cache
 
 from compile_policy import compat
 from compile_policy.adapters import Leaves
@@ -31,6 +31,7 @@ from compile_policy_transformers.cache_layers import (
     kind_of,
     kind_of_class,
 )
+from compile_policy_transformers.releases import DummyLayer
 
 #: What the numbers are kept in: no layer has states of that kind, so it shows which tensors are states.
 _NUMBERS = torch.float64

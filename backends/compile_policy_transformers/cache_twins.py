@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicIndexedLayer,
     DynamicLayer,
     LinearAttentionLayer,
@@ -18,6 +17,7 @@ from transformers.cache_utils import (
 from compile_policy.errors import NotCompilable
 from compile_policy_transformers.cache_layers import MOVED
 from compile_policy_transformers.cache_states import rebuild_states
+from compile_policy_transformers.releases import DummyLayer
 
 
 class TracedDynamic(DynamicLayer):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from transformers.cache_utils import Cache, DummyLayer
+from transformers.cache_utils import Cache
 
 from compile_policy.adapters import Leaves, register_adapter
 from compile_policy.errors import NotCompilable
@@ -21,6 +21,7 @@ from compile_policy_transformers import cache_states as states
 from compile_policy_transformers.cache_checks import check, own_attributes
 from compile_policy_transformers.cache_layers import MOVED, kind_of
 from compile_policy_transformers.cache_twins import rebuild_layer, slots_to_keep, states_to_keep
+from compile_policy_transformers.releases import DummyLayer
 
 #: Labels of the dims that vary. A full dynamic layer and a sliding one hold different lengths.
 PAST, SLIDING_PAST, SLIDING_KEPT = "past", "sliding_past", "sliding_kept"

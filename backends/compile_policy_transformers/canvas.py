@@ -26,10 +26,11 @@ from compile_policy.errors import NotCompilable
 from compile_policy.proof import form_of
 from compile_policy.shapes import Labels
 from compile_policy_transformers import attention, cache_layers, caches, compat
+from compile_policy_transformers.cache_argument import cache_name, cache_parameter, name_cache
 from compile_policy_transformers.recipes import traceable_layers
 
 _IDS, _LOGITS, _BELIEVED = "decoder_input_ids", "self_conditioning_logits", "self_conditioning_mask"
-_MASK, _POSITIONS, _CACHE = "decoder_attention_mask", "decoder_position_ids", "past_key_values"
+_MASK, _POSITIONS = "decoder_attention_mask", "decoder_position_ids"
 _MAKE_MASKS = "create_diffusion_decoder_attention_mask"
 #: How a layer is kept -> label of its length.
 _LENGTHS = {
@@ -43,7 +44,12 @@ _LENGTHS = {
 def reads_a_canvas(decoder: torch.nn.Module) -> bool:
     """Whether a decoder is of this kind: told by its arguments."""
     names = inspect.signature(decoder.forward).parameters
-    return {_IDS, _CACHE, _LOGITS, _BELIEVED, _MASK, _POSITIONS} <= set(names) and hasattr(decoder, _MAKE_MASKS)
+    known = {_IDS, _LOGITS, _BELIEVED, _MASK, _POSITIONS} <= set(names)
+    return known and cache_parameter(_forward(decoder)) is not None and hasattr(decoder, _MAKE_MASKS)
+
+
+def _forward(decoder: torch.nn.Module) -> Any:
+    return inspect.unwrap(type(decoder).forward)
 
 
 class ReadLayer:
@@ -139,6 +145,7 @@ class CanvasBinder:
     def __init__(self, decoder: torch.nn.Module) -> None:
         config: Any = decoder.config
         self.parameters = tuple(inspect.signature(decoder.forward).parameters)
+        self.cache_name = cache_name(_forward(decoder))
         self.classes = frozenset(type(part) for part in decoder.modules())
         self.config = config
         self.text: Any = config.get_text_config()
@@ -153,12 +160,12 @@ class CanvasBinder:
             yield
 
     def bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
-        values = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        values = self._by_name(args, kwargs)
         values.pop("use_cache", None)  # it never writes one
         for name in [n for n, v in values.items() if n not in self.parameters and isinstance(v, torch.Tensor)]:
             if name not in FlashAttentionKwargs.__annotations__ and not _stands_in(name, self.classes):
                 del values[name]  # the encoder's, handed on to both
-        ids, cache = values.get(_IDS), values.get(_CACHE)
+        ids, cache = values.get(_IDS), values.get(self.cache_name)
         if not isinstance(ids, torch.Tensor) or not isinstance(cache, Cache) or not cache.layers:
             raise NotCompilable("a call without a canvas, or without a cache to read")
         batch, length = ids.shape
@@ -169,20 +176,25 @@ class CanvasBinder:
         values[_POSITIONS] = values[_POSITIONS].long().expand(batch, length)
         values[_MASK] = self._masks(module, values.get(_MASK), ids, cache)
         self._believed(module, values, ids)
-        values[_CACHE] = call
+        values[self.cache_name] = call
         ordered = {name: values[name] for name in sorted(values) if values[name] is not None}
         return Bound(ordered, _Labels(kinds), sizes={"batch": 2, "sequence": 3})
 
     def form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, torch.Tensor | None]:
         """Kinds of the arguments, whether the mask hides anything, whether the cache is beyond the window."""
-        values = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        mask, cache, ids = values.get(_MASK), values.get(_CACHE), values.get(_IDS)
+        values = self._by_name(args, kwargs)
+        mask, cache, ids = values.get(_MASK), values.get(self.cache_name), values.get(_IDS)
         masks = mask.values() if isinstance(mask, Mapping) else (mask,)
         hides = any(isinstance(m, torch.Tensor) and not bool(m.all()) for m in masks)
         window = getattr(self.text, "sliding_window", None) or 0
         beyond = isinstance(cache, Cache) and int(cache.get_seq_length()) > window
         one = isinstance(ids, torch.Tensor) and ids.shape[0] == 1
         return (form_of(values), hides, beyond, one), None
+
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        values = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        name_cache(values, self.cache_name, dict.fromkeys(self.parameters))
+        return values
 
     def _believed(self, module: Any, values: dict[str, Any], ids: torch.Tensor) -> None:
         """Logits of the step before; zero times zero where there was none."""
@@ -200,9 +212,9 @@ class CanvasBinder:
         batch, length = ids.shape
         if not isinstance(given, Mapping):
             dummy = torch.empty((batch, length, 0), device=ids.device)  # read for its sizes alone
-            given = getattr(module, _MAKE_MASKS)(
-                config=self.dense_config, inputs_embeds=dummy, past_key_values=cache, decoder_attention_mask=given
-            )
+            make = getattr(module, _MAKE_MASKS)
+            named = {cache_name(make): cache, "decoder_attention_mask": given}
+            given = make(config=self.dense_config, inputs_embeds=dummy, **named)
         made = {}
         for i, name in enumerate(self.text.layer_types):
             if name in made:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from compile_policy_transformers.releases import is_idle
+
 _NO_GRAD = ["torch.no_grad()"]
 
 
@@ -51,7 +53,7 @@ def _rewritten(forward: Callable[..., Any]) -> Callable[..., Any] | None:
     except (OSError, SyntaxError):
         return None
     (function,) = tree.body
-    decorators = list(map(ast.unparse, function.decorator_list))
+    decorators = [text for text in map(ast.unparse, function.decorator_list) if not is_idle(text)]
     if not counts.found or decorators not in ([], _NO_GRAD) or set(inner.__code__.co_freevars) - {"__class__"}:
         return None
     function.decorator_list = []

@@ -8,6 +8,7 @@ eager call of a single token on a cache of its own; the graph always reads them.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from compile_policy.errors import NotCompilable
+from compile_policy_transformers.cache_argument import cache_name
 
 States = tuple[torch.Tensor, torch.Tensor]
 
@@ -128,11 +130,14 @@ class SeenStates:
 def _run(module: torch.nn.Module, values: Mapping[str, Any], token: dict[str, Any], new: Callable[[], Cache]) -> Any:
     """The cache after the decoder's own forward over one token, or the whole call where it wants more than that."""
     cache, embeds = new(), values["inputs_embeds"]  # copied: some decoders add their positions in place
+    name = cache_name(inspect.unwrap(type(module).forward))
     try:
-        module.forward(inputs_embeds=embeds[:, :1].clone(), **token, past_key_values=cache, use_cache=True)
+        made = {name: cache, "use_cache": True}
+        module.forward(inputs_embeds=embeds[:, :1].clone(), **token, **made)
     except Exception:
         cache = new()
-        module.forward(**{**values, "inputs_embeds": embeds.clone(), "past_key_values": cache, "use_cache": True})
+        made = {name: cache, "use_cache": True}
+        module.forward(**{**values, "inputs_embeds": embeds.clone(), **made})
     return cache
 
 

@@ -21,7 +21,16 @@ from compile_policy.errors import NotCompilable
 from compile_policy.failure import place_in
 from compile_policy.proof import form_of
 from compile_policy.region import Bound
-from compile_policy_transformers import attention, cache_checks, cache_layers, cache_moves, caches, compat
+from compile_policy_transformers import (
+    attention,
+    cache_checks,
+    cache_layers,
+    cache_moves,
+    caches,
+    compat,
+    releases,
+)
+from compile_policy_transformers.cache_argument import cache_name, name_cache
 from compile_policy_transformers.cache_masks import all_sliding, arranged, each_arranged, each_padded, mask_config
 from compile_policy_transformers.cache_pairs import PairCall
 from compile_policy_transformers.cache_states import is_linear
@@ -76,7 +85,8 @@ class DecoderBinder:
         self.shapes: dict[torch.dtype, list[cache_layers.LayerShape]] = {}
         self.own_positions = OwnPositions(decoder)
         self.lengths = Lengths(config)
-        self.steps = DecodeSteps()
+        self.cache_name = cache_name(inspect.unwrap(type(decoder).forward))
+        self.steps = DecodeSteps(self.cache_name)
         self.features = DeepstackFeatures(decoder)
         self.seen = SeenStates(decoder)
         self.takes_pictures = PICTURES in self.parameters and PLACES in self.parameters
@@ -119,11 +129,11 @@ class DecoderBinder:
             encoded = values.get("encoder_hidden_states")
             given = None if encoded is None else encoded.shape[1]
             new = encoded_states(module, cache, values)
-            values["past_key_values"], cache = PairCall(cache, length, given, new), cache.self_attention_cache
+            values[self.cache_name], cache = PairCall(cache, length, given, new), cache.self_attention_cache
         else:
             seen = self.seen.complete(module, values, cache)
             if cache is not None:
-                values["past_key_values"] = caches.CacheCall(cache, length, seen.read, seen.new)
+                values[self.cache_name] = caches.CacheCall(cache, length, seen.read, seen.new)
         text = self._text_positions(values.get("position_ids"))
         if "position_ids" in self.parameters:
             own = self.own_positions.make(values, tokens, embeds, cache)
@@ -160,7 +170,7 @@ class DecoderBinder:
         mask = values.get("attention_mask")
         rows = _counting_rows(mask, tokens.shape[1])
         padded = rows is not None or (isinstance(mask, torch.Tensor) and mask.dim() == 2 and not mask.all())
-        cache: Any = values.get("past_key_values")
+        cache: Any = values.get(self.cache_name)
         empty = cache is None or cache_layers.is_empty(cache)
         beyond = self.lengths.passed(tokens.shape[1] + (0 if empty else held_by(cache)))
         marked = tokens.shape[1] >= attention.MARKED_FROM  # whose mask may be a causal mark
@@ -177,20 +187,18 @@ class DecoderBinder:
             call.finish is None and self.embeds_name == "inputs_embeds" and not (self.own_positions or self.seen.layers)
         )
         alike = alike and self.embeds_name in call.values
-        if alike and not isinstance(call.values.get("past_key_values"), PairCall):
+        if alike and not isinstance(call.values.get(self.cache_name), PairCall):
             self.steps.remember(kwargs, call, entry, here, self, module)
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         values = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        if self.recurrent.cache_name in values:
-            values["past_key_values"] = values.pop(self.recurrent.cache_name)
+        name_cache(values, self.cache_name, self.parameters)
         if self.embeds_name in values:
             values["inputs_embeds"] = values.pop(self.embeds_name)
         return values
 
     def _own_names(self, values: dict[str, Any], tokens: torch.Tensor | None = None, *, by_ids: bool = False) -> None:
         """Name the arguments as the decoder does; ``by_ids``: of ``tokens``, or of any, in place of embeddings."""
-        self.recurrent.name_cache(values)
         embeds = values.pop("inputs_embeds")
         if by_ids:
             values[IDS] = embeds.new_zeros(embeds.shape[:2], dtype=torch.long) if tokens is None else tokens
@@ -213,11 +221,10 @@ class DecoderBinder:
         return embeds
 
     def _cache(self, module: torch.nn.Module, values: dict[str, Any], embeds: torch.Tensor) -> Cache | None:
-        cache = values.pop("past_key_values", None)
+        cache = values.pop(self.cache_name, None)
         use_cache = values.pop("use_cache", None)
         if use_cache is None:
-            recomputed = module.training and getattr(module, "is_gradient_checkpointing", False)
-            use_cache = bool(getattr(self.config, "use_cache", False)) and not recomputed
+            use_cache = bool(getattr(self.config, "use_cache", False)) and not releases.recomputes(module)
         if cache is None and use_cache:
             encoded = values.get("encoder_hidden_states") is not None
             cache = cache_layers.fresh_cache(self.config, encoded or self.config.is_encoder_decoder)
@@ -258,7 +265,7 @@ class DecoderBinder:
 
     def _shapes_after(self, module: torch.nn.Module, call: Mapping[str, Any]) -> list[cache_layers.LayerShape]:
         cache = cache_layers.fresh_cache(self.config, call.get("encoder_hidden_states") is not None)
-        values = {**call, "past_key_values": cache, "use_cache": True}
+        values = {**call, self.cache_name: cache, "use_cache": True}
         self._own_names(values, by_ids=bool(self.by_ids))
         with torch.no_grad():
             module.forward(**values)

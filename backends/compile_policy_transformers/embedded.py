@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from compile_policy_transformers.cache_argument import cache_in
+
 #: Features of pictures, (..., hidden size), and (batch, sequence) the places of the tokens that stand for them.
 PICTURES, PLACES = "image_embeds", "image_embeds_position_mask"
 
@@ -16,7 +18,7 @@ def with_pictures(embeds: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
     A decoder that takes them looks at pictures only as long as its cache is empty. Places may have an embedding of
     their own, as all others have: they are given always.
     """
-    pictures, places, cache = values.pop(PICTURES, None), values.get(PLACES), values.get("past_key_values")
+    pictures, places, cache = values.pop(PICTURES, None), values.get(PLACES), cache_in(values)
     merged = embeds
     if pictures is not None and places is not None and (cache is None or int(cache.get_seq_length()) == 0):
         merged = embeds.clone()

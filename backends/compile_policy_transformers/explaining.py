@@ -149,7 +149,7 @@ def sample_bound(model: nn.Module, component: Component) -> Bound:
             embeds = _embeds(module)
             given = {"inputs_embeds": embeds, "use_cache": True, **binder.ids.of(embeds)}
             if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-                given["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+                given[binder.cache_name] = EncoderDecoderCache(DynamicCache(), DynamicCache())
             return binder.bind(module, (), given)
         if isinstance(module, nn.ModuleList):
             raise LookupError("what the tower hands to its layers is seen at the first call")

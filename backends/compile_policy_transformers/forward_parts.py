@@ -23,8 +23,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import merge_with_config_defaults
 
-#: Decorators of a forward that do nothing for a call whose outputs are not collected and that returns no tuple.
-_IDLE = {"auto_docstring", "capture_outputs", "can_return_tuple", "replace_return_docstrings"}
+from compile_policy_transformers.releases import IDLE_DECORATORS
+
 _DEFAULTS = {"merge_with_config_defaults", "check_model_inputs"}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: Methods that change a container.
@@ -81,7 +81,7 @@ def _taken_apart(
     if function is None or forward.__closure__:
         return None
     names = {name for decorator in function.decorator_list if (name := _name(decorator))}
-    if len(names) != len(function.decorator_list) or not names <= _IDLE | _DEFAULTS or function.args.vararg:
+    if len(names) != len(function.decorator_list) or not names <= IDLE_DECORATORS | _DEFAULTS or function.args.vararg:
         return None
     body = function.body
     start = next((i for i, s in enumerate(body) if _goes_through(s, lists)), None)

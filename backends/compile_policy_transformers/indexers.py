@@ -6,26 +6,28 @@ decoder is traced, such an indexer has a ``forward`` of ours: the same projectio
 cache, then `select_tokens` in place of the loops, with the arithmetic of the stock code.
 
 An indexer is known by its code, whatever its class is called: the fingerprints of ``forward``, of its norm and of the
-rotary embedding have to be those that this was written against (Transformers 5.23). One whose code is another is
+rotary embedding have to be those that this was written against (`releases`). One whose code is another is
 traced as it is, which fails at that line, so that the decoder runs eager. Nothing of Transformers is changed. Drop
 this once the stock indexer traces to one graph.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from compile_policy_transformers import releases
 from compile_policy_transformers.known_code import fingerprint
 from compile_policy_transformers.swapped import swapped
 
 #: Fingerprints of the code that the twin stands for.
-_FORWARD = "da179aa44d6b694c"
-_NORM = ("ad768ef8d8dc2a72", "e83601fb69b88c36")
-_ROTARY = ("ba40b142193a24a8", "6e63eb9bd9df112e")
+_FORWARD, _ADDITIVE = releases.QWEN4_INDEXER, releases.QWEN4_INDEXER_ADDITIVE
+_NORM, _ROTARY = releases.QWEN4_NORM, releases.QWEN4_ROTARY
 
 
 @torch.library.custom_op("compile_policy::select_tokens", mutates_args=())
@@ -107,13 +109,11 @@ def _forward(
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     attention_mask: torch.Tensor,
-    past_key_values: Any,
+    cache: Any,
 ) -> torch.Tensor:
     """The indexer's ``forward``: (batch, 1, queries, slots) boolean."""
     if not torch.compiler.is_dynamo_compiling():  # another thread
-        out: torch.Tensor = type(self).forward(
-            self, hidden_states, position_embeddings, attention_mask, past_key_values
-        )
+        out: torch.Tensor = type(self).forward(self, hidden_states, position_embeddings, attention_mask, cache)
         return out
     batch, length, _ = hidden_states.shape
     cos, sin = position_embeddings
@@ -121,8 +121,8 @@ def _forward(
     query, keys = self.index_qk_proj(hidden_states).split([heads * width, self.index_kv_heads * width], dim=-1)
     query = self.q_layernorm(query.reshape(batch, length, heads, width))
     query = _rotated(query, cos[:, -length:].unsqueeze(2), sin[:, -length:].unsqueeze(2))
-    if past_key_values is not None:
-        keys = past_key_values.update_indexer(keys, self.layer_idx)
+    if cache is not None:
+        keys = cache.update_indexer(keys, self.layer_idx)
     visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
     norm = self.k_layernorm
     chosen: torch.Tensor = select_tokens(
@@ -131,22 +131,41 @@ def _forward(
     return chosen.unsqueeze(1)
 
 
+def _additive_forward(
+    self: Any,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor,
+    cache: Any,
+) -> torch.Tensor:
+    """`_forward` for code that adds the choice to a mask of numbers: zero for what is chosen."""
+    chosen = _forward(self, hidden_states, position_embeddings, attention_mask, cache)
+    if not torch.compiler.is_dynamo_compiling() or not attention_mask.is_floating_point():
+        return chosen
+    zero = attention_mask.new_zeros(())
+    return torch.where(chosen, zero, torch.finfo(attention_mask.dtype).min)
+
+
 def selecting_indexers(decoder: torch.nn.Module) -> list[torch.nn.Module]:
     """The indexers in ``decoder`` whose code is known."""
     return [module for module in decoder.modules() if _is_known(module)]
 
 
-def selecting(indexers: list[torch.nn.Module]) -> AbstractContextManager[None]:
+@contextmanager
+def selecting(indexers: list[torch.nn.Module]) -> Iterator[None]:
     """Let these indexers choose by one operator in a trace."""
-    return swapped(indexers, _forward)
+    additive = [m for m in indexers if fingerprint(type(m).forward) == _ADDITIVE]
+    boolean = [m for m in indexers if m not in additive]
+    with swapped(boolean, _forward), swapped(additive, _additive_forward):
+        yield
 
 
 def _is_known(module: Any) -> bool:
     if "forward" in vars(module) or not hasattr(module, "compress_ratio"):
         return False
-    if fingerprint(type(module).forward) != _FORWARD:
+    if fingerprint(type(module).forward) not in (_FORWARD, _ADDITIVE):
         return False
-    norm, names = module.k_layernorm, type(module).forward.__globals__
+    norm, names = module.k_layernorm, inspect.unwrap(type(module).forward).__globals__
     norms = (type(norm).forward, getattr(type(norm), "_norm", None))
     rotary = (names.get("apply_rotary_pos_emb"), names.get("rotate_half"))
     if tuple(map(fingerprint, norms)) != _NORM or tuple(map(fingerprint, rotary)) != _ROTARY:

@@ -10,10 +10,14 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from compile_policy_transformers.releases import CACHE_NAMES
+
 
 @functools.cache
 def fingerprint(function: Callable[..., Any] | None) -> str:
     """Digest of a function's code without its name, comments, docstring, decorators and annotations.
+
+    An argument that is a cache counts as the same by each of its names (`releases.CACHE_NAMES`).
 
     Returns:
         An empty string where there is no source.
@@ -28,7 +32,16 @@ def fingerprint(function: Callable[..., Any] | None) -> str:
                 del node.body[0]
         elif isinstance(node, ast.arg):
             node.annotation = None
+            node.arg = _one_name(node.arg)
+        elif isinstance(node, ast.Name):
+            node.id = _one_name(node.id)
+        elif isinstance(node, ast.keyword) and node.arg is not None:
+            node.arg = _one_name(node.arg)
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
+
+
+def _one_name(name: str) -> str:
+    return CACHE_NAMES[0] if name in CACHE_NAMES else name
 
 
 def tree_of(function: Callable[..., Any] | None) -> ast.Module | None:

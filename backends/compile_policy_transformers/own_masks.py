@@ -6,6 +6,7 @@ with layers that take down what mask they are handed, and compute nothing.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
 from compile_policy.errors import NotCompilable
 from compile_policy.shadow import with_layers
+from compile_policy_transformers.cache_argument import cache_name
 from compile_policy_transformers.cache_masks import mask_config
 
 _LAYERS = "layers"
@@ -58,7 +60,8 @@ class OwnMasks:
         noting = [_Noting(layer, taken, last=i == last) for i, layer in enumerate(layers)]
         stand_in = with_layers(self.decoder, _LAYERS, noting)
         stand_in.__dict__["config"] = config
-        given = {"attention_mask": mask, "position_ids": text, "past_key_values": cache}
+        name = cache_name(inspect.unwrap(type(self.decoder).forward))
+        given = {"attention_mask": mask, "position_ids": text, name: cache}
         try:
             stand_in.forward(inputs_embeds=embeds, **given, use_cache=cache is not None)
         except _Enough:

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from compile_policy_transformers import releases
 from compile_policy_transformers.known_code import fingerprint
 from compile_policy_transformers.swapped import swapped
 
-_FORWARD = "263f7b1ae3ffa93d"
+_FORWARD = releases.PICTURE_CONVOLUTION
 
 
 @torch.library.custom_op("compile_policy::convolve_pictures", mutates_args=())

@@ -28,11 +28,11 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
 from compile_policy.errors import NotCompilable
+from compile_policy_transformers.cache_argument import cache_parameter
 from compile_policy_transformers.cache_masks import RECURRENT
 from compile_policy_transformers.recurrent_rules import Rule, handed, rule_of
 
-_CACHE_NAMES = ("past_key_values", "cache_params")
-_MASK_PARAMETERS = {"config", "inputs_embeds", "attention_mask", "past_key_values", "position_ids"}
+_MASK_PARAMETERS = {"config", "inputs_embeds", "attention_mask", "position_ids"}
 _CONVOLUTION = frozenset(("get_conv_state", "update_conv_state", "causal_conv1d_fn", "causal_conv1d_update"))
 #: What a mixer may ask of its cache.
 _KNOWN = frozenset(("get_conv_state", "get_recurrent_state", "update_conv_state", "update_recurrent_state")) | {
@@ -89,15 +89,12 @@ class RecurrentDecoder:
     """What is particular about a decoder with recurrent layers.
 
     Attributes:
-        cache_name: the argument that its cache comes in.
         alone: it has no other kind of layer, and so takes a padding mask where others take a mapping.
         make_masks: makes the masks of a call: Transformers' own function, or that of the decoder's Python module.
     """
 
     def __init__(self, decoder: torch.nn.Module) -> None:
         self.decoder = decoder
-        known = inspect.signature(decoder.forward).parameters
-        self.cache_name = "cache_params" if "cache_params" in known else "past_key_values"
         names = getattr(getattr(inspect.unwrap(type(decoder).forward), "__code__", None), "co_names", ())
         recurrent = "create_recurrent_attention_mask" in names
         kinds = set(getattr(getattr(decoder, "config", None), "layer_types", None) or ())
@@ -109,10 +106,6 @@ class RecurrentDecoder:
     def stock_masks(self) -> bool:
         """Whether Transformers' own function makes them."""
         return self.make_masks is create_masks_for_generate
-
-    def name_cache(self, values: dict[str, Any]) -> None:
-        if self.cache_name != "past_key_values" and "past_key_values" in values:
-            values[self.cache_name] = values.pop("past_key_values")
 
     @staticmethod
     def mask(made: Mapping[str, Any]) -> Any:
@@ -150,7 +143,8 @@ def _own_masks(decoder: torch.nn.Module) -> Callable[..., Any] | None:
         own = vars(cls).get("create_masks_for_generate") if isinstance(cls, type) else None
         if isinstance(own, staticmethod):
             parameters = inspect.signature(own.__func__).parameters.values()
-            if {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} <= _MASK_PARAMETERS:
+            known = {*_MASK_PARAMETERS, cache_parameter(own.__func__)}
+            if {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} <= known:
                 found: Callable[..., Any] = own.__func__
                 return found
     return None
@@ -206,9 +200,9 @@ def _traced(function: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.compiler.is_dynamo_compiling():  # another thread
             return type(self).forward(self, *args, **kwargs)
         states = None
-        for name in _CACHE_NAMES:
-            if kwargs.get(name) is not None:
-                states = CoveredStates(kwargs[name])
+        for name, value in list(kwargs.items()):
+            if isinstance(value, Cache):
+                states = CoveredStates(value)
                 kwargs[name] = states
         if states is None and any(isinstance(a, Cache) for a in args):
             raise NotCompilable("a mixer is handed its cache by position")

@@ -90,18 +90,23 @@ class Step:
         if held.grows:
             held.take(results[self._results :])
             self.leaves[self._states] = held.tensors
-        return entry.output.build(results, {"past_key_values": self.cache()})
+        return entry.output.build(results, {self.inputs.cache_name: self.cache()})
 
 
 class DecodeSteps:
-    """The last step on each cache."""
+    """The last step on each cache.
 
-    def __init__(self) -> None:
+    Attributes:
+        cache_name: the argument that the cache comes in.
+    """
+
+    def __init__(self, cache_name: str) -> None:
+        self.cache_name = cache_name
         self._steps: dict[int, Step] = {}  # by id of the cache, which outlives its entry here by nothing
 
     def recognise(self, kwargs: dict[str, Any], here: tuple[Any, ...]) -> Step | None:
         """The step that this call repeats, ready to run; ``None`` for a call that has to take the ordinary road."""
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(self.cache_name)
         step = self._steps.get(id(cache))
         if step is None or step.left <= 0 or step.here != here or step.cache() is not cache:
             return None
@@ -113,7 +118,7 @@ class DecodeSteps:
         self, kwargs: dict[str, Any], call: Call, entry: Entry, here: tuple[Any, ...], binder: Any, module: Any
     ) -> None:
         """Note a call that took the ordinary road, if the next step can repeat it."""
-        carrier: Any = call.values.get("past_key_values")
+        carrier: Any = call.values.get(self.cache_name)
         if carrier is None:
             return
         key = id(carrier.cache)
@@ -121,7 +126,7 @@ class DecodeSteps:
         if carrier.query_length != 1:
             return  # the first step of a sequence is proved (`Region`) and remembered, the next ones repeat it
         held = step_cache(carrier.cache, call, entry)
-        inputs = step_inputs(kwargs, call, held, binder, module) if held is not None else None
+        inputs = step_inputs(kwargs, call, held, binder, module, self.cache_name) if held is not None else None
         if held is not None and inputs is not None and _repeatable(call, entry, inputs):
             steps = self._steps
             cache = weakref.ref(carrier.cache, lambda _: steps.pop(key, None))
@@ -131,8 +136,8 @@ class DecodeSteps:
 
 def _repeatable(call: Call, entry: Entry, inputs: StepInputs) -> bool:
     """Whether the entry writes into nothing but the cache, and hands back no tensor that was made for it."""
-    if entry.written or not entry.output.names <= {"past_key_values"}:
+    if entry.written or not entry.output.names <= {inputs.cache_name}:
         return False
     own = {place for place, _ in inputs.given}
     returned = [i for kind, i in entry.graph.outputs if kind == "leaf"]
-    return all(i in own or call.paths[i].startswith("past_key_values.") for i in returned)
+    return all(i in own or call.paths[i].startswith(f"{inputs.cache_name}.") for i in returned)

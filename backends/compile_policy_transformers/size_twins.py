@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from compile_policy_transformers import releases
+
 
 @dataclass(frozen=True)
 class Twin:
@@ -91,7 +93,7 @@ TWINS = (
     # slice with steps, of which Inductor cannot tell the bounds. (Granite Speech, Granite Speech Plus)
     Twin(
         "forward",
-        (("", "b89af05362d32ed5"),),
+        (("", releases.GRANITE_ATTENTION),),
         edits=(
             ("num_features % self.context_size", "(num_features - 1) % self.context_size + 1"),
             (
@@ -104,7 +106,7 @@ TWINS = (
     # number of frames. Training draws the chunks. (Phi-4 multimodal)
     Twin(
         "_streaming_mask",
-        (("", "03b987a6d8c5b6ad"), ("adaptive_enc_mask", "22981a364528fcf4")),
+        (("", releases.PHI4_STREAMING_MASK), ("adaptive_enc_mask", releases.PHI4_ENCODER_MASK)),
         function=_chunks_seen,
         training=False,
     ),

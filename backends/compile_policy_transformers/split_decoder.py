@@ -73,7 +73,7 @@ class SplitDecoderBinder(DecoderBinder):
         cache = self._cache(module, known, embeds)
         if isinstance(cache, EncoderDecoderCache):
             raise NotCompilable("it has a cache of an encoder beside its own")
-        given = {**values, "past_key_values": cache, "use_cache": known["use_cache"]}
+        given = {**values, self.cache_name: cache, "use_cache": known["use_cache"]}
         if _MASK in self.parts.given and given.get(_MASK) is None:  # read by the layers: one that hides nothing
             held = 0 if cache is None else held_by(cache)
             given[_MASK] = torch.ones((batch, held + length), dtype=torch.long, device=embeds.device)
@@ -96,7 +96,7 @@ class SplitDecoderBinder(DecoderBinder):
         cache = cache_layers.fresh_cache(self.config, False)
         given = {name: value for name, value in call.items() if name != "inputs_embeds"}  # made of the tokens again
         with torch.no_grad():
-            module.forward(**{**given, "past_key_values": cache, "use_cache": True})
+            module.forward(**{**given, self.cache_name: cache, "use_cache": True})
         return cache_layers.layer_shapes(cache)
 
     def _check(self, values: dict[str, Any]) -> None:

@@ -30,13 +30,15 @@ class StepInputs:
     """Where each new leaf of a step comes from, and what the call's arguments have to be like.
 
     Attributes:
+        cache_name: the argument that the cache comes in.
         names: of all arguments; ``constants``: those that are no tensors, which must be the same objects.
         given: place of a leaf and the argument that it is; ``made``: place of a leaf and how it is made.
         raw: tensors among the arguments that are no leaves, but may be made into one.
         growing: place of each leaf that may be larger in the next step -> the dim.
     """
 
-    def __init__(self, kwargs: Mapping[str, Any], call: Call) -> None:
+    def __init__(self, kwargs: Mapping[str, Any], call: Call, cache_name: str) -> None:
+        self.cache_name = cache_name
         self.names = frozenset(kwargs)
         self.constants = [(name, value) for name, value in kwargs.items() if isinstance(value, CONSTANTS)]
         self.given = [(i, path) for i, path in enumerate(call.paths) if call.leaves[i] is kwargs.get(path)]
@@ -70,15 +72,20 @@ class StepInputs:
 
 
 def step_inputs(
-    kwargs: Mapping[str, Any], call: Call, held: StepCache, binder: Binding, module: Any
+    kwargs: Mapping[str, Any],
+    call: Call,
+    held: StepCache,
+    binder: Binding,
+    module: Any,
+    cache_name: str,
 ) -> StepInputs | None:
     """How the next step's leaves come from its arguments; ``None`` where it needs the ordinary road."""
     for name, value in kwargs.items():
-        if isinstance(value, (torch.Tensor, *CONSTANTS)) or name == "past_key_values":
+        if isinstance(value, (torch.Tensor, *CONSTANTS)) or name == cache_name:
             continue
         if name != "attention_mask" or type(value) is not dict:
             return None
-    inputs = StepInputs(kwargs, call)
+    inputs = StepInputs(kwargs, call, cache_name)
     given = dict(inputs.given)
     masks = [i for i, path in enumerate(call.paths) if path.startswith("attention_mask")]
     for place, path in enumerate(call.paths):
@@ -89,14 +96,14 @@ def step_inputs(
         if path.endswith((".keys", ".values", ".cumulative_length")):
             continue
         if ".select[" in path:
-            make = _select(int(path.rpartition("[")[2][:-1]), call, held)
+            make = _select(int(path.rpartition("[")[2][:-1]), dict(call.spec)[cache_name], held)
             inputs.growing[place] = 0
         elif place in call.copied and call.copied[place] is kwargs.get(path):
             make = _contiguous(path)
         elif name == "inputs_embeds":
             make = _embedded(module)
         elif name == "position_ids":
-            make = _positions(binder, call.paths.index("inputs_embeds"))
+            make = _positions(binder, call.paths.index("inputs_embeds"), cache_name)
         elif name == "attention_mask":
             make = _mask(kwargs.get(name), masks.index(place), call.leaves[place], call, held)
         if make is None:
@@ -115,18 +122,18 @@ def _embedded(module: Any) -> Make:
     return lambda kwargs, leaves: module.get_input_embeddings()(kwargs["input_ids"])
 
 
-def _positions(binder: Binding, embeds: int) -> Make:
+def _positions(binder: Binding, embeds: int, cache_name: str) -> Make:
     def positions(kwargs: dict[str, Any], leaves: list[torch.Tensor]) -> torch.Tensor:
-        ids = binder.position_ids(kwargs.get("position_ids"), leaves[embeds], kwargs["past_key_values"])
+        ids = binder.position_ids(kwargs.get("position_ids"), leaves[embeds], kwargs[cache_name])
         made: torch.Tensor = ids.contiguous()
         return made
 
     return positions
 
 
-def _select(number: int, call: Call, held: StepCache) -> Make:
+def _select(number: int, cache_spec: Any, held: StepCache) -> Make:
     """Which states the sliding layers of one window keep; the same ones in every step once they are full."""
-    layers = dict(call.spec)["past_key_values"][2][1]
+    layers = cache_spec[2][1]
     layer = layers.index(("sliding", number))
     window = held.layers[layer].sliding_window
     last: tuple[int, torch.Tensor] | None = None

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compile_policy.cli.terminal import Terminal
-from compile_policy.errors import EnvironmentNotSupported, InputError, PolicyError
+from compile_policy.errors import InputError, PolicyError
 from compile_policy.settings import Flags
+from compile_policy.versions import compare, installed, refuse_unsupported
 
 if TYPE_CHECKING:
     from compile_policy.config import CompilationConfig
@@ -55,16 +56,8 @@ def _home() -> Path | None:
 
 
 def check_installed() -> None:
-    """Refuse versions of torch and Transformers that are too old, or missing."""
-    import importlib.metadata  # imports email
-
-    try:
-        versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
-    except importlib.metadata.PackageNotFoundError as error:
-        raise EnvironmentNotSupported(f"{error.name} is not installed.", remedy=f"pip install {error.name}") from None
-    from compile_policy.compat import check_versions  # imports torch
-
-    check_versions(*versions)
+    """Refuse versions of Python, torch and Transformers that are too old, or missing."""
+    refuse_unsupported(compare(installed()))
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from compile_policy_transformers.cache_argument import CACHE
+
 from .case import BATCH, NEW, Case, Hazard, behind, chunk, forward, positions, prompt
 
 
@@ -62,8 +64,8 @@ def _by_position(case: Case) -> Any:
     if not case.kept.get("by position"):
         return forward(case)[0]
     with torch.no_grad():
-        rest = {n: v for n, v in case.inputs.items() if n not in (*names, "past_key_values")}
-        cache = _copied(case.inputs["past_key_values"])
+        rest = {n: v for n, v in case.inputs.items() if n not in (*names, CACHE)}
+        cache = _copied(case.inputs[CACHE])
         decoder_call = case.decoder(*[case.inputs[n] for n in names], cache, **rest)
         return case.base.get_output_embeddings()(decoder_call[0])
 
@@ -74,7 +76,7 @@ def _copied(cache: Any) -> Any:
 
 def _embedding_gradient(case: Case) -> Any:
     embeds = case.inputs["inputs_embeds"].detach().clone().requires_grad_(case.inputs["inputs_embeds"].requires_grad)
-    inputs = {**case.inputs, "inputs_embeds": embeds, "past_key_values": _copied(case.inputs["past_key_values"])}
+    inputs = {**case.inputs, "inputs_embeds": embeds, CACHE: _copied(case.inputs[CACHE])}
     loss = case.model(**inputs).logits.float().square().mean()
     loss.backward()
     return [loss, embeds.grad if embeds.grad is not None else torch.zeros(1)]
@@ -93,7 +95,7 @@ def _poison(case: Case, value: float) -> None:
 def _cache_gone(case: Case) -> None:
     mask = torch.ones(BATCH, NEW, dtype=torch.long)
     mask[1, :2] = 0
-    case.inputs |= {"past_key_values": None, "use_cache": False, "attention_mask": mask}
+    case.inputs |= {CACHE: None, "use_cache": False, "attention_mask": mask}
 
 
 def _text_row(case: Case) -> None:
@@ -104,7 +106,7 @@ def _text_row(case: Case) -> None:
 
 def _masks_by_layer(case: Case) -> None:
     """One mask per layer type, as `generate` prepares them, closed for every third key."""
-    cache, keys = case.inputs["past_key_values"], case.inputs["attention_mask"].shape[1]
+    cache, keys = case.inputs[CACHE], case.inputs["attention_mask"].shape[1]
     kept = cache.layers[0].get_mask_sizes(NEW)[0]
     full = torch.ones(BATCH, 1, NEW, keys, dtype=torch.bool).tril(keys - NEW)
     full[..., ::3] = False
@@ -269,4 +271,4 @@ HAZARDS = [
         forward,
     ),
 ]
-_CACHED = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"}
+_CACHED = {"input_ids", "attention_mask", "position_ids", CACHE, "use_cache"}

@@ -9,6 +9,8 @@ import torch
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
+from compile_policy_transformers.cache_argument import CACHE
+
 from .case import Case, Hazard, behind, chunk, forward, held, prompt_inputs, static_chunk
 
 
@@ -29,11 +31,11 @@ class DoublingLayer(DynamicLayer):
 
 
 def _cache(case: Case) -> Any:
-    return case.inputs["past_key_values"]
+    return case.inputs[CACHE]
 
 
 def _empty(case: Case, cache: Cache) -> None:
-    case.inputs = {**prompt_inputs(case, seed=2), "past_key_values": cache, "use_cache": True}
+    case.inputs = {**prompt_inputs(case, seed=2), CACHE: cache, "use_cache": True}
 
 
 def _empty_dynamic(case: Case) -> None:
@@ -159,13 +161,13 @@ def _reset(case: Case) -> None:
 
 
 def _legacy(case: Case) -> None:
-    case.inputs["past_key_values"] = tuple((layer.keys, layer.values) for layer in _cache(case).layers)
+    case.inputs[CACHE] = tuple((layer.keys, layer.values) for layer in _cache(case).layers)
 
 
 def _gradient_through(case: Case) -> Any:
     """Gradients of the cached states, as prefix tuning takes them."""
     inputs = copy.deepcopy(case.inputs)
-    wanted = held(inputs["past_key_values"])
+    wanted = held(inputs[CACHE])
     loss = case.model(**inputs).logits.square().mean()
     loss.backward()
     return [loss, *[t.grad for t in wanted if t.grad is not None]]

@@ -11,6 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
+from compile_policy_transformers.cache_argument import CACHE
 from compile_policy_transformers.tiny import tiny_inputs, tiny_model
 
 from .ways import Way
@@ -135,7 +136,7 @@ def behind(case: Case, cache: Cache, batch: int = BATCH, new: int = NEW, seed: i
         "input_ids": torch.randint(10, 200, (batch, new), generator=generator),
         "attention_mask": mask,
         "position_ids": positions(case, batch, seen, new),
-        "past_key_values": cache,
+        CACHE: cache,
         "use_cache": True,
     }
 
@@ -198,7 +199,7 @@ def counting(inputs: dict[str, Any], result: Any) -> Any:
     tensors = [t for t in pytree.tree_leaves(_plain(result)) if isinstance(t, torch.Tensor)]
     if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not mask.all():
         tensors = [_unpadded(t, mask.bool()) for t in tensors]
-    cache = inputs.get("past_key_values")
+    cache = inputs.get(CACHE)
     return tensors + (held(cache) if isinstance(cache, Cache) else [])
 
 

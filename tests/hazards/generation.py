@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LogitsProcessor
 
+from compile_policy_transformers.cache_argument import CACHE
 from compile_policy_transformers.tiny import tiny_inputs, tiny_model
 
 from .case import Case, Hazard, generation, positions, prompt_inputs, tokens
@@ -101,12 +102,12 @@ def _hand_written(case: Case) -> Any:
             step = {
                 "input_ids": token,
                 "attention_mask": mask,
-                "past_key_values": cache,
+                CACHE: cache,
                 "use_cache": True,
                 "position_ids": positions(case, token.shape[0], 9 + number, 1),
             }
             if number == 3 and case.kept.get("asks"):
-                asked = {**step, "past_key_values": copy.deepcopy(cache), "output_hidden_states": True}
+                asked = {**step, CACHE: copy.deepcopy(cache), "output_hidden_states": True}
                 said.append(case.model(**asked).hidden_states[-1])
             logits = case.model(**step).logits[:, -1]
     return said

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from compile_policy_transformers.cache_argument import CACHE
+
 from . import adapters, attributes, hooks, parameters, patches
 from .case import Case, Hazard, chunk, held
 from .ways import OURS, ours_at_every_call
@@ -18,9 +20,9 @@ def _next_token(case: Case) -> Any:
     if "cache" not in case.kept:
         if case.way is OURS:
             ours_at_every_call(case.base)
-        case.kept["cache"] = copy.deepcopy(case.inputs["past_key_values"])
+        case.kept["cache"] = copy.deepcopy(case.inputs[CACHE])
         with torch.no_grad():
-            case.model(**{**case.inputs, "past_key_values": case.kept["cache"]})
+            case.model(**{**case.inputs, CACHE: case.kept["cache"]})
         case.kept["mask"] = case.inputs["attention_mask"]
         _token(case)
     return _token(case)

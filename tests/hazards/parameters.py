@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
+from compile_policy_transformers.cache_argument import CACHE
 from compile_policy_transformers.tiny import tiny_config, tiny_model
 
 from .case import Case, Hazard, chunk, forward, gradients, plain, prompt, training
@@ -57,7 +58,7 @@ def _transposed(case: Case) -> None:
 def _to(dtype: torch.dtype) -> Any:
     def change(case: Case) -> None:
         case.model.to(dtype)
-        for layer in case.inputs["past_key_values"].layers:
+        for layer in case.inputs[CACHE].layers:
             layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
 
     return change

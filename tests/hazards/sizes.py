@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from compile_policy_transformers.cache_argument import CACHE
+
 from .case import Case, Hazard, behind, chunk, forward, prompt, prompt_inputs
 
 
@@ -29,7 +31,7 @@ def _cut(rows: int, new: int) -> Any:
         case.inputs["position_ids"] = case.inputs["position_ids"][..., :rows, :new]
         seen = case.inputs["attention_mask"].shape[1] - 5
         case.inputs["attention_mask"] = case.inputs["attention_mask"][:rows, : seen + new]
-        for layer in case.inputs["past_key_values"].layers:
+        for layer in case.inputs[CACHE].layers:
             layer.keys, layer.values = layer.keys[:rows], layer.values[:rows]
 
     return change
