@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch._dynamo.decorators
-import torch.fx.experimental._config as fx_config
 
 from compile_policy.audit import Account, account_for
 from compile_policy.compat import graph_argument, leaf_dim_of_source, traced_code, tracing_shape_env
+from compile_policy.compat_backward import any_size
 from compile_policy.compat_buffers import plain_buffers
 from compile_policy.compat_sizes import sizes_kept
 from compile_policy.compiled import AheadFault, Argument, CompiledGraph
@@ -133,7 +133,7 @@ def _capture_settings() -> Iterator[None]:
         stack.enter_context(torch._dynamo.config.patch(specialize_int=True, specialize_float=True))
         stack.enter_context(suspended())
         stack.enter_context(sizes_kept())
-        stack.enter_context(fx_config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
+        stack.enter_context(any_size())
         yield
 
 
@@ -188,10 +188,11 @@ class _Catcher:
         for others in () if self.repeats is None else self.repeats.others:
             alike = {b[1]: shapes[a[1]] for a, b in others.items() if a[0] == b[0] == "leaf" and a[1] in shapes}
             shapes = {**alike, **shapes}
-        accepts = conditions_of(env, gm.graph, self.leaves, shapes)
         self.captured = gm
         ahead = self.lowering.ahead(gm)
+        captured = len(env.guards)  # lowering a graph that has gradients assumes more
         code: Callable[..., Any] = gm.forward if ahead or self.repeats else self.lowering(gm, example_inputs)
+        accepts = conditions_of(env, gm.graph, self.leaves, shapes, captured)
         self.deferred = gm if ahead else None
         self.graph = CompiledGraph(code, arguments, [], accepts, traced=traced_code())
 

@@ -13,6 +13,7 @@ from compile_policy.call_key import Call, adapted, public_value
 from compile_policy.capture import compile_call
 from compile_policy.compiled import CompiledGraph
 from compile_policy.errors import NotCompilable, first_line
+from compile_policy.example import another_example, copies
 from compile_policy.lowering import Lowering
 from compile_policy.outputs import OutputSpec as OutputSpec
 from compile_policy.reference import TOLERANCE as TOLERANCE
@@ -33,6 +34,8 @@ class Entry:
         state_sizes: number of state tensors of each adapted argument, in order.
         written: leaves that the component writes into although no adapter manages them.
         number: its place among the component's entries, in the order in which they were made.
+        wants_gradients: whether a gradient of something can be asked of the results.
+        traced_shapes: of the leaves that the entry was traced and compared on.
     """
 
     call: Call
@@ -44,6 +47,20 @@ class Entry:
     max_error: float = 0.0
     calls: int = field(default=0)
     number: int = 0
+    wants_gradients: bool = False
+    traced_shapes: tuple[torch.Size, ...] = ()
+
+    def new_sizes(self, call: Call) -> tuple[Any, ...]:
+        """Sizes of a call, as far as gradients may depend on them: sizes of 0 and 1, and all that are larger.
+
+        Empty where gradients of just these sizes were compared when the entry was made, or where nobody wants any.
+        """
+        if not self.wants_gradients:
+            return ()
+        shapes = tuple([leaf.shape for leaf in call.leaves])
+        if shapes == self.traced_shapes:
+            return ()
+        return tuple([tuple([min(size, 2) for size in shape]) for shape in shapes])
 
     def run(self, call: Call) -> Any:
         """Run the graph for a call with this entry's key and accepted sizes."""
@@ -118,9 +135,35 @@ def build_entry(
         written = reference.written - call.mutable
         entry = Entry(call.description(), graph, output, reference.state_sizes, written)
         entry.max_error = reference.check(graph)
-        if call.mutable and torch.is_grad_enabled():
-            reference.check_gradients(graph)
+        entry.wants_gradients = _wants_gradients(call, graph)
+        entry.traced_shapes = tuple([leaf.shape for leaf in example])
+        if entry.wants_gradients:
+            for leaves in _two_sizes(call, example, labels, graph):
+                reference.check_gradients(graph, leaves)
     return entry
+
+
+def _wants_gradients(call: Call, graph: CompiledGraph) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    bound = [a.tensor for a in graph.arguments if a.tensor is not None]
+    return any(t.requires_grad for t in (*bound, *call.leaves))
+
+
+def _two_sizes(
+    call: Call, example: list[torch.Tensor], labels: Sequence[Labels], graph: CompiledGraph
+) -> Iterator[list[torch.Tensor]]:
+    """The example, and the call's own tensors or an example of other sizes."""
+    yield example
+    shapes = [leaf.shape for leaf in example]
+    if [leaf.shape for leaf in call.leaves] != shapes:
+        if graph.accepts(call.leaves):
+            yield copies(call.leaves)
+        return  # else its graph is another one
+    if call.example is None:
+        other = another_example(call, labels)
+        if graph.accepts(other):
+            yield other
 
 
 def difference(entry: Entry, call: Call) -> str:

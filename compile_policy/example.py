@@ -80,6 +80,13 @@ def examples(call: Shaped) -> Iterator[tuple[list[torch.Tensor], list[Labels]]]:
     yield copies(call.leaves), given
 
 
+def another_example(call: Shaped, labels: Sequence[Labels]) -> list[torch.Tensor]:
+    """An example with the same labels and other sizes."""
+    first = sizes_of(labels, call.sizes)
+    other = {n: size + 2 for n, size in first.items() if "+" not in n and n not in call.sizes}
+    return synthetic(call.leaves, labels, call.fillers, {**call.sizes, **other}, seed=1)
+
+
 def copies(leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copies for a run that may write into its inputs; a causal mark becomes the mask that it means."""
     return [dense(t).detach().clone().requires_grad_(t.requires_grad) for t in leaves]

@@ -15,6 +15,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from compile_policy.ahead import Sizes, can_lower_ahead, lower_ahead, make_package
 from compile_policy.blocks import BlockSummary
+from compile_policy.compat_backward import inductor_jit
 from compile_policy.program import Program
 
 
@@ -59,10 +60,11 @@ class InductorJit:
     def __init__(self, backend: str, *, autotune: bool = False) -> None:
         self.backend = backend
         self.autotune = autotune
-        self.options = {"options": {"max_autotune": True}} if autotune and backend == "inductor" else {}
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return lookup_backend(self.backend)(gm, list(inputs), **self.options)
+        if self.backend != "inductor":
+            return lookup_backend(self.backend)(gm, list(inputs))
+        return inductor_jit(gm, inputs, {"max_autotune": True} if self.autotune else {})
 
     def ahead(self, gm: torch.fx.GraphModule) -> bool:
         return False

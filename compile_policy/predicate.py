@@ -117,7 +117,11 @@ def _source(conditions: Sequence[str]) -> str:
 
 
 def conditions_of(
-    env: Any, graph: torch.fx.Graph, leaves: Sequence[torch.Tensor], shapes: Mapping[int, Sequence[Any]]
+    env: Any,
+    graph: torch.fx.Graph,
+    leaves: Sequence[torch.Tensor],
+    shapes: Mapping[int, Sequence[Any]],
+    captured: int | None = None,
 ) -> ShapeConditions:
     """Conditions of the graph being traced.
 
@@ -126,18 +130,21 @@ def conditions_of(
         graph: the captured graph.
         leaves: the example's tensors.
         shapes: leaf index -> traced (symbolic) shape, for leaves that are inputs of the graph.
+        captured: number of relations that capture relied on; the others come from lowering, which asks for sizes of 1
+            where the order of strides or a copy depends on them. All of them unless given.
     """
+    captured = len(env.guards) if captured is None else captured
     places = [(f"s[{i}][{d}]", size) for i, shape in sorted(shapes.items()) for d, size in enumerate(shape)]
     names = _first_places(places, env, len(leaves))
     conditions = [c for place, size in places for c in _dim_condition(names, place, size)]
     passed_over: list[str] = []
     lines: dict[str, str] = {}
     printer = _Printer(names)
-    for guard in env.guards:
+    for number, guard in enumerate(env.guards):
         if not guard.expr.free_symbols:
             continue
         unknown = [s for s in guard.expr.free_symbols if s not in names]
-        if _ignorable(guard):
+        if _ignorable(guard) or (number >= captured and _leaves_out_one(guard.expr)):
             passed_over += [] if unknown else [f"({printer.doprint(guard.expr)})"]
             continue
         if unknown:
@@ -179,6 +186,15 @@ def _ignorable(guard: Any) -> bool:
         return True
     one = sympy.Integer(1) in guard.expr.args or _asks_for_one(guard.expr)
     return one and bool(_ASKS_FOR_COPY.search(asked) or _ASSIGNS.search(asked))
+
+
+def _leaves_out_one(relation: Any) -> bool:
+    """Whether all that a relation asks is that some size is neither 0 nor 1."""
+    if not isinstance(relation, (sympy.GreaterThan, sympy.LessThan)):
+        return _asks_for_one(relation)
+    left = sympy.expand(relation.lhs - relation.rhs)
+    sizes = list(left.free_symbols)
+    return len(sizes) == 1 and sympy.simplify(left.subs(sizes[0], 2)) == 0 and sympy.degree(left, sizes[0]) == 1
 
 
 def _asks_for_one(relation: Any) -> bool:

@@ -17,6 +17,14 @@ import torch
 
 from compile_policy import compat
 from compile_policy.errors import first_line
+from compile_policy.gradients import TOLERANCE as GRADIENT_TOLERANCE
+from compile_policy.gradients import (
+    comparable,
+    cotangents_of,
+    gradient_difference,
+    gradients_of,
+    wanted_of,
+)
 from compile_policy.reference import TOLERANCE, preserved, relative_error, tolerances
 
 _DEPTH = 6
@@ -44,6 +52,8 @@ def misfit(
     run: Callable[[tuple[Any, ...], dict[str, Any]], Any],
     rows: torch.Tensor | None = None,
     tolerance: Mapping[torch.dtype, float] = TOLERANCE,
+    *,
+    gradients: bool = False,
 ) -> str:
     """How ``run(args, kwargs)`` differs from the module's own forward, in words; empty when it doesn't.
 
@@ -51,11 +61,12 @@ def misfit(
     that draws random numbers.
 
     Args:
+        gradients: compare the gradients of parameters and of tensors of the call too.
         rows: boolean, (batch, sequence): the positions that count, where some are padding. Nobody reads the others,
             nor what they leave in a cache.
     """
     tolerance = tolerances(module, tolerance)
-    with preserved(module), torch.no_grad():
+    with preserved(module), torch.set_grad_enabled(gradients), comparable():
         theirs, mine = _copied((args, dict(kwargs))), _copied((args, dict(kwargs)))
         torch.manual_seed(0)
         drawn = torch.get_rng_state()
@@ -70,10 +81,33 @@ def misfit(
             got = run(*mine)
         except Exception as error:
             return f"it fails with {first_line(error)}"
-        reason = _difference(dict(_tensors(got)), dict(_tensors(expected)), rows, tolerance, complete=True)
+        results, wanted = dict(_tensors(got)), dict(_tensors(expected))
+        reason = _difference(results, wanted, rows, tolerance, complete=True)
         if not reason and rows is None:
             reason = _difference(dict(_tensors(mine)), dict(_tensors(theirs)), None, tolerance, complete=False)
+        if not reason and gradients:
+            reason = _other_gradients(module, (results, mine), (wanted, theirs), rows)
         return reason
+
+
+def _other_gradients(
+    module: torch.nn.Module,
+    got: tuple[dict[str, torch.Tensor], Any],
+    want: tuple[dict[str, torch.Tensor], Any],
+    rows: torch.Tensor | None,
+) -> str:
+    """How the gradients of two runs differ, each given as its results by path and its arguments."""
+    (results, mine), (expected, theirs) = got, want
+    cotangents = cotangents_of(expected, rows)
+    try:
+        eager = gradients_of(expected, cotangents, wanted_of(module, dict(_tensors(theirs))))
+    except Exception:
+        return ""  # the caller's to hear of
+    try:
+        found = gradients_of(results, cotangents, wanted_of(module, dict(_tensors(mine))))
+    except Exception as error:
+        return f"its backward fails with {first_line(error)}"
+    return gradient_difference(found, eager, tolerances(module, GRADIENT_TOLERANCE))
 
 
 def _copied(value: Any) -> Any:
@@ -88,7 +122,8 @@ def _copied(value: Any) -> Any:
     for key, tensor in found.items():
         parts = key in plain and sharing[compat.storage_of(tensor)] > 1
         if not parts:
-            memo[key] = tensor.detach().clone(memory_format=torch.preserve_format)
+            copied = tensor.detach().clone(memory_format=torch.preserve_format)
+            memo[key] = copied.requires_grad_(tensor.requires_grad)
     return copy.deepcopy(value, memo)
 
 

@@ -40,13 +40,14 @@ class ProvedEntries(Entries):
         """The entry for a call, proved for its form, and for sizes for which tracing was told what does not hold."""
         entry = self.find(call) or self.obtain(call)
         unlike = entry.graph.accepts.unlike(call.leaves)
-        if not unlike:
-            if form is not None:
-                self._prove(args, kwargs, entry, *form)
-            return entry
         kind, rows = form or (None, None)
+        sizes = entry.new_sizes(call)
+        if not unlike:
+            if form is not None or sizes:
+                self._prove(args, kwargs, entry, (kind, sizes) if sizes else kind, rows)
+            return entry
         try:
-            self._prove(args, kwargs, entry, (kind, unlike), rows)
+            self._prove(args, kwargs, entry, (kind, unlike, sizes) if sizes else (kind, unlike), rows)
         except PassingObstacle:
             if self.shelf is not None:  # where the entry would be found again as it was
                 self.shelf.note_minded(entry, unlike)
@@ -79,6 +80,9 @@ class ProvedEntries(Entries):
         """What speaks against an entry for this call, in which it and the component's own forward run on copies."""
         self.building.now = True
         try:
-            return misfit(self.module, args, kwargs, lambda a, k: entry.run(self.bind(a, k)), rows, tolerance)
+            return misfit(
+                *(self.module, args, kwargs, lambda a, k: entry.run(self.bind(a, k)), rows, tolerance),
+                gradients=entry.wants_gradients,
+            )
         finally:
             self.building.now = False

@@ -13,10 +13,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from compile_policy import compat, containers
 from compile_policy.call_key import CONSTANTS, Call, adapted, collect_state, rebuild
 from compile_policy.compiled import CompiledGraph
-from compile_policy.errors import NotCompilable
+from compile_policy.errors import NotCompilable, first_line
 from compile_policy.example import copies
 from compile_policy.failure import place_in
 from compile_policy.fingerprint import difference, fingerprint
+from compile_policy.gradients import TOLERANCE as GRADIENT_TOLERANCE
+from compile_policy.gradients import (
+    comparable,
+    cotangents_of,
+    gradient_difference,
+    gradients_of,
+    numbered,
+    wanted_of,
+)
 
 #: Largest error of a compiled entry against eager on the example, relative to the largest value of the tensor.
 #: Fusion keeps intermediates in higher precision than eager does, so low precisions get room for a few roundings.
@@ -166,23 +175,37 @@ class Reference:
                 raise NotCompilable(f"the compiled graph differs from eager by {error:.2g}{random}")
         return worst
 
-    def check_gradients(self, graph: CompiledGraph) -> None:
-        """Try whether gradients go back through the graph, which may write into what they need.
+    def check_gradients(self, graph: CompiledGraph, leaves: Sequence[torch.Tensor]) -> None:
+        """Compare the gradients that go back through the graph with eager's.
+
+        Args:
+            leaves: the example, or a call of other sizes.
 
         Raises:
-            NotCompilable: they do not.
+            NotCompilable: they differ, or none go back through the graph, which may write into what they need.
         """
-        weights = [p for p in self.module.parameters() if p.requires_grad]
-        found = [t for t in graph.run(copies(self.example)) if t.requires_grad]
-        if not weights or not found:
-            return
+        theirs, mine = copies(leaves), copies(leaves)
+        names = [f"leaf {i}" for i in range(len(leaves))]
+        with comparable():
+            torch.manual_seed(0)
+            expected = numbered(self.traceable()(*theirs))
+            cotangents = cotangents_of(expected)
+            wanted = wanted_of(self.module, dict(zip(names, theirs, strict=True)))
+            eager = gradients_of(expected, cotangents, wanted)
+        torch.manual_seed(0)
+        wanted = wanted_of(self.module, dict(zip(names, mine, strict=True)))
         try:
-            torch.autograd.grad([t.real.sum() for t in found], weights, allow_unused=True)
+            found = gradients_of(numbered(graph.run(mine)), cotangents, wanted)
         except RuntimeError as error:
-            raise NotCompilable(
-                "gradients do not go back through the graph, which writes its states in place",
-                remedy="Call it under torch.no_grad() where none are needed, else with use_cache=False.",
-            ) from error
+            if self.call.mutable:
+                raise NotCompilable(
+                    "gradients do not go back through the graph, which writes its states in place",
+                    remedy="Call it under torch.no_grad() where none are needed, else with use_cache=False.",
+                ) from error
+            raise NotCompilable(f"the backward of the compiled graph fails with {first_line(error)}") from error
+        reason = gradient_difference(found, eager, tolerances(self.module, GRADIENT_TOLERANCE))
+        if reason:
+            raise NotCompilable(f"of the compiled graph, {reason}")
 
 
 @contextmanager
