@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.cache_utils import Cache, DummyLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from compile_policy.call_key import CONSTANTS
 from compile_policy.errors import NotCompilable
 from compile_policy.failure import place_in
 from compile_policy_transformers.cache_layers import kind_of_class
+from compile_policy_transformers.releases import DummyLayer
 
 #: Attributes that every cache of Transformers has; the last two belong to offloading.
 _STOCK = frozenset(("layers", "layer_class_to_replicate", "offloading", "only_non_sliding", "prefetch_stream"))
