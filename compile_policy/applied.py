@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from compile_policy.backend import find_backend
+from compile_policy.backend import DEFAULT_BACKEND, Backend, find_backend
 from compile_policy.config import CompilationConfig
+from compile_policy.environment import obstacle
 from compile_policy.errors import PolicyWarning
 from compile_policy.plan import ComponentReport, Plan, Report
 from compile_policy.region import Region, region_of
@@ -37,11 +38,12 @@ def load_model(name: str | None = None, *, config: CompilationConfig | None = No
     Raises:
         PolicyError: the model cannot be loaded, or cannot do what the configuration asks.
     """
-    backend = find_backend()
+    backend, unsupported = _tested_backend()
     config = config or CompilationConfig()
     warn_of_reserved(config)
     model = backend.load_model(name, config=config, **kwargs)
     _plans[model] = backend.apply(model, config)
+    _keep_eager(model, unsupported)
     _dump_plan(_plans[model], config)
     return model
 
@@ -63,9 +65,23 @@ def apply(model: M, config: CompilationConfig | None = None) -> M:
     remove(model)
     config = config or CompilationConfig()
     warn_of_reserved(config)
-    _plans[model] = find_backend().apply(model, config)
+    backend, unsupported = _tested_backend()
+    _plans[model] = backend.apply(model, config)
+    _keep_eager(model, unsupported)
     _dump_plan(_plans[model], config)
     return model
+
+
+def _tested_backend() -> tuple[Backend, str]:
+    """The backend, and why nothing may be compiled with its library; empty where nothing forbids it."""
+    backend = find_backend()
+    return backend, obstacle((DEFAULT_BACKEND,), lambda: backend.self_test())
+
+
+def _keep_eager(model: torch.nn.Module, unsupported: str) -> None:
+    """Have every component run eager for a reason, where there is one."""
+    for region in regions(model) if unsupported else ():
+        region.condemned = region.condemned or unsupported
 
 
 def _dump_plan(made: Plan, config: CompilationConfig) -> None:

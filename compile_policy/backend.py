@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import sys
 from typing import Any, Protocol, cast
 
 import torch
@@ -15,8 +16,10 @@ import torch
 from compile_policy.config import CompilationConfig
 from compile_policy.errors import PolicyError, first_line
 from compile_policy.plan import Plan
+from compile_policy.versions import compare, installed, refuse_unsupported
 
 GROUP = "compile_policy.backends"
+DEFAULT_BACKEND = "transformers"
 # Where the project runs from a plain checkout there is no installed metadata to ask.
 _BUILT_IN = {"transformers": "compile_policy_transformers"}
 
@@ -34,6 +37,14 @@ class Backend(Protocol):
 
     def remove(self, model: torch.nn.Module) -> None: ...
 
+    def self_test(self) -> list[tuple[str, bool, str]]: ...
+
+
+def _refuse_old(name: str) -> None:
+    for finding in compare(installed()):
+        if finding.package == name and finding.state in ("older", "unreadable"):
+            refuse_unsupported((finding,))
+
 
 def backend_names() -> dict[str, str]:
     """name -> module of every backend there is."""
@@ -41,15 +52,18 @@ def backend_names() -> dict[str, str]:
     return {**_BUILT_IN, **installed}
 
 
-def find_backend(name: str = "transformers") -> Backend:
+def find_backend(name: str = DEFAULT_BACKEND) -> Backend:
     """Import a backend.
 
     Raises:
         PolicyError: no backend of this name, or it cannot be imported: its library is not installed, or fails itself.
+        EnvironmentNotSupported: its library is older than the oldest tested release.
     """
     names = backend_names()
     if name not in names:
         raise PolicyError(f"No backend {name!r} is installed.", remedy=f"There are: {', '.join(sorted(names))}.")
+    if names[name] not in sys.modules:  # an old library may fail obscurely
+        _refuse_old(name)
     try:
         return cast(Backend, importlib.import_module(names[name]))
     except ImportError as error:

@@ -35,7 +35,7 @@ _GLOBAL_HOOKS: tuple[Mapping[int, Any], ...] = (
 )
 
 # Bound once: they are asked at every call.
-dict_version: Callable[[dict[Any, Any]], int] = _dict_version  # raised by every write to a dict
+dict_version: Callable[[dict[Any, Any]], int] = _dict_version  # raised by a write, see `glance`
 _is_grad_enabled, _is_inference_mode = torch.is_grad_enabled, torch.is_inference_mode_enabled
 _any_autocast, _default_dtype = torch._C._is_any_autocast_enabled, torch.get_default_dtype
 _deterministic = torch._C._get_deterministic_algorithms

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 from compile_policy.artifacts import Store, open_store, user_directories
 from compile_policy.config import CompilationConfig
+from compile_policy.environment import obstacle
 from compile_policy.options import RegionOptions
 
 
 def region_options(config: CompilationConfig) -> RegionOptions:
-    """Options of every region under ``config``; its dump writes to ``debug_dump_path``."""
+    """Options of every region under ``config``; its dump writes to ``debug_dump_path``.
+
+    Raises:
+        EnvironmentNotSupported: the installed Python or torch is older than the oldest tested one.
+    """
+    unsupported = obstacle()
     store = store_of(config)
     if config.debug_dump_path is None:
-        return RegionOptions.from_config(config, store=store)
+        return replace(RegionOptions.from_config(config, store=store), unsupported=unsupported)
     from compile_policy.graphs.dump import GraphDump  # depyf and its kin are loaded for those who dump
 
-    return RegionOptions.from_config(config, GraphDump(config.debug_dump_path), store)
+    options = RegionOptions.from_config(config, GraphDump(config.debug_dump_path), store)
+    return replace(options, unsupported=unsupported)
 
 
 def store_of(config: CompilationConfig) -> Store | None:

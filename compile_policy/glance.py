@@ -1,12 +1,14 @@
 """A second look at a structure that costs little: whether anything that the first one read has changed since.
 
 A dict has a version that every write to it raises, so what modules and objects hold is compared by versions alone.
-Classes, lists and sets have none: their items are compared by identity. Tensors are compared as Dynamo's guards do it.
+Classes, lists and sets have none: their items are compared by identity, and so are those of dicts where Python does not
+raise the version at every write (`versions_move`). Tensors are compared as Dynamo's guards do it.
 What holds is unchanged; what does not may still be equal, which only a full walk tells.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from operator import attrgetter, is_
 from typing import Any
@@ -17,6 +19,40 @@ from compile_policy import compat
 from compile_policy.walk import ORDINARY, READ_GROUPS, Walk, read_bases, tensor_record
 
 _code_of, _wants_gradient = attrgetter("__code__"), attrgetter("requires_grad")
+
+
+#: More calls than an interpreter takes to specialise the code of a function.
+_HOT = 64
+
+
+class _Holder:
+    """An object with attributes and nothing else."""
+
+
+@functools.cache
+def versions_move() -> bool:
+    """True if every write to an attribute raises the version of the object's dict.
+
+    Python 3.13.0 writes attributes in place without telling anybody (cpython issue 125608, mended in 3.13.1).
+    """
+    return all(_moves(holder) for holder in (_Holder(), torch.nn.Module()))
+
+
+def _moves(holder: Any) -> bool:
+    def write() -> None:
+        holder.value = object()
+
+    def by_name() -> None:
+        setattr(holder, "value", object())  # noqa: B010 - another way through the interpreter
+
+    own = vars(holder)
+    for _ in range(_HOT):
+        for change in (write, by_name, lambda: own.__setitem__("value", object())):
+            before = compat.dict_version(own)
+            change()
+            if compat.dict_version(own) == before:
+                return False
+    return True
 
 
 class Glance(Walk):
@@ -34,6 +70,7 @@ class Glance(Walk):
         self._contents: list[tuple[Callable[[Any], Any], Any, Any]] = []  # of what has no version
         self._namespaces: dict[type, tuple[Any, list[str], list[Any]]] = {}
         self._tensors: dict[int, torch.Tensor] = {}
+        self._by_version = versions_move()
         self.walked = self.tree(module)
         self._types = list(map(type, self._owners))
         self._own = list(map(vars, self._owners))
@@ -97,6 +134,9 @@ class Glance(Walk):
         self._note_dict(vars(owner))
 
     def _note_dict(self, found: dict[Any, Any]) -> None:
+        if not self._by_version:
+            self._contents.append((_pairs, found, _pairs(found)))
+            return
         self._dicts.append(found)
         self._versions.append(compat.dict_version(found))
         if type(found) is not dict and len(found) > 1:  # an ordered one may change its order without a write

@@ -23,7 +23,10 @@ class Dump(Protocol):
 
 @dataclass(frozen=True)
 class RegionOptions:
-    """What the configuration says about a region; ``load_only`` takes entries from the store and compiles none."""
+    """What the configuration says about a region; ``load_only`` takes entries from the store and compiles none.
+
+    ``unsupported`` is a reason to compile nothing, such as a version that failed its self-test.
+    """
 
     backend: str = "inductor"
     max_entries: int = 8
@@ -36,6 +39,7 @@ class RegionOptions:
     check_every_call: bool = False
     store: Store | None = None
     load_only: bool = False
+    unsupported: str = ""
 
     @classmethod
     def from_config(

@@ -53,7 +53,7 @@ class Region(ProvedEntries):
         self.role = role
         self.qualname = qualname
         self.reason = reason
-        self.condemned = ""  # by the sentinel
+        self.condemned = self.options.unsupported  # or, later, what the sentinel found
         self.changes_itself: dict[bool, str] = {}  # by training flag
         self.steps = binder if isinstance(binder, StepBinder) else None
         self.forms = binder if isinstance(binder, FormBinder) else None

@@ -9,5 +9,6 @@ from compile_policy_transformers.loading import config_of as config_of
 from compile_policy_transformers.loading import load_model as load_model
 from compile_policy_transformers.loading import load_processor as load_processor
 from compile_policy_transformers.loading import plan as plan
+from compile_policy_transformers.self_test import self_test as self_test
 from compile_policy_transformers.tiny import tiny_inputs as tiny_inputs
 from compile_policy_transformers.tiny import tiny_model as tiny_model

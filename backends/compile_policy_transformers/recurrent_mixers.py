@@ -34,6 +34,9 @@ from compile_policy_transformers.recurrent_rules import Rule, handed, rule_of
 
 _MASK_PARAMETERS = {"config", "inputs_embeds", "attention_mask", "position_ids"}
 _CONVOLUTION = frozenset(("get_conv_state", "update_conv_state", "causal_conv1d_fn", "causal_conv1d_update"))
+#: The same of a mixer that asks whether there are states and reads them off the layer (to Transformers 5.20).
+_ASKS_AND_READS = frozenset(("has_previous_state", "layers"))
+_READING = _CONVOLUTION - {"get_conv_state"} | _ASKS_AND_READS | {"conv_states"}
 #: What a mixer may ask of its cache.
 _KNOWN = frozenset(("get_conv_state", "get_recurrent_state", "update_conv_state", "update_recurrent_state")) | {
     "is_recording_past"
@@ -53,8 +56,9 @@ class CoveredStates:
         taken: how often the rule took a part of it.
     """
 
-    def __init__(self, cache: Any) -> None:
+    def __init__(self, cache: Any, layer: int | None = None) -> None:
         self.cache = cache
+        self.layer = layer
         self.recurrent: torch.Tensor | None = None
         self.taken = self.wanted = 0
 
@@ -69,6 +73,12 @@ class CoveredStates:
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
         self.recurrent = self.cache.layers[layer_idx].recurrent_states[state_idx]
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Say that there is none, and keep the recurrent one for the rule."""
+        layer = self.cache.layers[self.layer if layer_idx is None else layer_idx]
+        self.recurrent = layer.recurrent_states[state_idx or 0]
+        return False
 
     def update_conv_state(
         self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
@@ -177,10 +187,14 @@ def _function(module: torch.nn.Module) -> Callable[..., Any] | None:
     if not isinstance(function, types.FunctionType):
         return None
     names = frozenset(function.__code__.co_names)
-    if not names >= _CONVOLUTION or names & _OTHER:
+    if names >= _CONVOLUTION and not names & _OTHER:
+        recurrent = "get_recurrent_state" in names
+    elif names >= _READING and not names & (_OTHER - _ASKS_AND_READS):
+        recurrent = "recurrent_states" in names
+    else:
         return None
     rule = rule_of(names, function.__globals__)
-    if ("get_recurrent_state" in names) != (rule is not None):
+    if recurrent != (rule is not None):
         return None
     return _with_rule(function, rule)
 
@@ -202,7 +216,7 @@ def _traced(function: Callable[..., Any]) -> Callable[..., Any]:
         states = None
         for name, value in list(kwargs.items()):
             if isinstance(value, Cache):
-                states = CoveredStates(value)
+                states = CoveredStates(value, getattr(self, "layer_idx", None))
                 kwargs[name] = states
         if states is None and any(isinstance(a, Cache) for a in args):
             raise NotCompilable("a mixer is handed its cache by position")
