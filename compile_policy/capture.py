@@ -29,6 +29,7 @@ from compile_policy.lowering import Lowering
 from compile_policy.predicate import conditions_of
 from compile_policy.repeats import NotRepeated, Remake, Repeats, repeats
 from compile_policy.shapes import UNBACKED
+from compile_policy.shortage import shortage
 from compile_policy.stitch import Stitching
 from compile_policy.watch import suspended
 from compile_policy.watched import hidden_builtins
@@ -78,6 +79,8 @@ def compile_call(
                 depth = f"all layers were traced: {reason}"
         graph = _compile_once(fn, leaves, labels, lowering, on_capture, module)
     except AheadFault as fault:
+        if shortage(fault):  # what this process lacks, the other road needs too
+            raise (fault.__cause__ or fault) from None
         graph = _compile_once(fn, leaves, labels, lowering.jit(), on_capture, module)
         graph.why_jit = fault.reason
     graph.depth = depth

@@ -26,6 +26,7 @@ from torch.utils._device import DeviceContext
 from torch.utils.hooks import RemovableHandle
 
 from compile_policy.compat_precision import matmul_precision
+from compile_policy.shortage import temporary_directory
 
 _GLOBAL_HOOKS: tuple[Mapping[int, Any], ...] = (
     module_hooks._global_forward_pre_hooks,
@@ -135,8 +136,14 @@ def write_package(gm: torch.fx.GraphModule, inputs: tuple[Any, ...], path: str, 
 
 def load_package(path: str) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
     """A package as a function of a list of tensors, which it empties; without the pytree layer of the public loader."""
-    before = _unpacked()
-    loader: Any = torch._C._aoti.AOTIModelPackageLoader(path, "model", False, 1, -1)
+    before, there = _unpacked(), _leftovers()
+    try:
+        loader: Any = torch._C._aoti.AOTIModelPackageLoader(path, "model", False, 1, -1)
+    except BaseException:  # it leaves what it has unpacked, whole or in part
+        for folder in _leftovers() - there:
+            if not _used_by_another(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+        raise
     # Several MB each, and torch removes them only when a loader is deleted, which the end of a process is not. What is
     # mapped stays mapped. Kernels of a GPU are read later: they stay.
     for folder in _unpacked() - before:
@@ -153,6 +160,31 @@ def _unpacked() -> set[str]:
     except OSError:  # not Linux
         return set()
     return {found[1] for found in _UNPACKED.finditer(mapped)}
+
+
+def _leftovers() -> set[str]:
+    """Folders of this user in the temporary directory into which packages are unpacked."""
+    try:
+        found = [
+            path for path in Path(temporary_directory()).glob("aotinductor_*") if path.stat().st_uid == os.getuid()
+        ]
+    except OSError:
+        return set()
+    return set(map(str, found))
+
+
+def _used_by_another(folder: str) -> bool:
+    """Whether a process of this user has a file below the folder open or mapped."""
+    inside = f"{folder}/"
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if inside in (process / "maps").read_text():
+                return True
+            if any(os.readlink(link).startswith(inside) for link in (process / "fd").iterdir()):
+                return True
+        except OSError:  # gone, or another user's
+            continue
+    return False
 
 
 def modes() -> tuple[tuple[str, Any], ...]:

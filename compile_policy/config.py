@@ -113,6 +113,12 @@ class CompilationConfig(BaseModel):
     """Bytes that the cache directory may hold, also written ``500MB`` or ``10GiB``; beyond it the least recently used
     goes. What this process uses stays."""
 
+    cache_wait: float = Field(default=600.0, ge=0)
+    """Seconds to wait for another process that compiles the same component; afterwards it is compiled here too."""
+
+    compiler_timeout: float = Field(default=300.0, gt=0)
+    """Seconds that one run of a compiler may take. One that hangs is ended then, and the compile has failed."""
+
     on_fault: Literal["eager", "error"] = "eager"
     """What a failed compile does: run the component eager, or raise `CompileFault`."""
 

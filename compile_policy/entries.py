@@ -16,6 +16,7 @@ import torch
 from compile_policy import compat
 from compile_policy.binder import Binder
 from compile_policy.call_key import Call, make_call
+from compile_policy.compat_compiler import limit_compilers
 from compile_policy.entry import Entry, ExampleUnfit, build_entry
 from compile_policy.errors import BudgetExceeded, CompileFault, NotCompilable, first_line
 from compile_policy.events import emit
@@ -25,6 +26,7 @@ from compile_policy.fingerprint import Fingerprint
 from compile_policy.options import RegionOptions
 from compile_policy.saving import Place, Shelf, entry_between_ranks
 from compile_policy.shapes import Labels, pattern
+from compile_policy.shortage import shortage
 from compile_policy.walk import hooked_below
 
 # Dynamo is not safe to enter from two threads; one capture at a time in the whole process.
@@ -112,6 +114,8 @@ class Entries:
     def _load(self, call: Call, place: Place | None) -> Entry | None:
         """The entry that another process left in the store, if any."""
         entry = place.load() if place is not None else None
+        if place is not None and entry is None and place.lacking:  # compiling would fail for it too, minutes later
+            self._give_up(f"what is stored cannot be loaded, {place.lacking}", None)
         if entry is not None:
             self.loaded += 1
             self.fingerprint.watch(call.key[3], entry.graph.watched)
@@ -150,7 +154,9 @@ class Entries:
         """The region's entries on disk; ``None`` where nothing is kept there."""
         store = self.options.store
         if store is not None and (self._shelf is None or self._shelf.store is not store):
-            self._shelf = Shelf(store, self.module, self.options.lowered(), self.binder, self.name)
+            self._shelf = Shelf(
+                store, self.module, self.options.lowered(), self.binder, self.name, wait=self.options.cache_wait
+            )
         return self._shelf if store is not None else None
 
     def _examples(self, call: Call) -> list[tuple[list[torch.Tensor], Sequence[Labels]]]:
@@ -170,6 +176,8 @@ class Entries:
         started = time.perf_counter()
         self.building.now = True
         self.captures += 1
+        if self.options.backend == "inductor":
+            limit_compilers(self.options.compiler_timeout)
         try:
             with self.options.recording(), self.binder.tracing(self.module):
                 entry = build_entry(self.module, call, example, labels, self.options.lowering(), self._count_capture)
@@ -242,13 +250,21 @@ class Entries:
     def _fault(self, error: BaseException) -> NoReturn:
         """A capture or lowering that failed: eager, or ``on_fault="error"`` raises with the original as cause."""
         cause = compat.original_error(error)
-        found = _failure(cause)
+        found, lacking = _failure(cause), shortage(error)
         reason = f"compiling failed with {first_line(cause)}"
         if found.cause not in reason:  # what Dynamo says was read
             reason = f"compiling failed{f' at {found.place}' if found.place else ''}: {found.cause}"
+        if lacking:
+            self._give_up(f"compiling failed, {lacking}", cause)
         if self.options.on_fault == "error":
             raise CompileFault(f"{self.name}: {reason}") from cause
         raise NotCompilable(reason, remedy=_REMEDIES.get(type(cause).__name__, found.remedy)) from cause
+
+    def _give_up(self, reason: str, cause: BaseException | None) -> NoReturn:
+        """What this process lacks: the component is as good as before, and eager until that is mended."""
+        if self.options.on_fault == "error":
+            raise CompileFault(f"{self.name}: {reason}") from cause
+        raise NotCompilable(reason, remedy="Mend that, then apply the policy again.") from cause
 
     def refuse(self, call: Call, reason: str) -> None:
         """Calls like this one cannot be compiled."""

@@ -89,6 +89,16 @@ KINDS: dict[str, Kind] = {
         "the store has no entry for a call, or one that cannot be used",
         {"reason": Field("string", "why; what differs from the nearest one, where there is one")},
     ),
+    "waiting": Kind(
+        "another process makes the same artifact, and this one waits for it; said again every 30 seconds",
+        {
+            "pid": Field("integer", "the other process's id; 0 where it is not known"),
+            "host": Field("string", "the machine that it runs on"),
+            "since": Field("number", "when it began, in seconds since the epoch"),
+            "seconds": Field("number", "how long this process has waited so far"),
+        },
+        logging.WARNING,
+    ),
     "saved": Kind("a new entry was written to the store", {"key": Field("string", "digest that it is found by")}),
     "unsaved": Kind("an entry is not written to the store", {"reason": Field("string", "why")}),
     "fallback": Kind(

@@ -6,7 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from compile_policy.artifacts import Store
+from compile_policy.artifacts import LOCK_SECONDS, Store
+from compile_policy.compat_compiler import COMPILER_SECONDS
 from compile_policy.config import CompilationConfig
 from compile_policy.entry import Entry
 from compile_policy.lowering import Lowering, lower_with
@@ -40,6 +41,8 @@ class RegionOptions:
     store: Store | None = None
     load_only: bool = False
     unsupported: str = ""
+    cache_wait: float = LOCK_SECONDS
+    compiler_timeout: float = COMPILER_SECONDS
 
     @classmethod
     def from_config(
@@ -56,6 +59,8 @@ class RegionOptions:
             sentinel=Sentinel(config.verify_calls) if config.verify_calls else None,
             check_every_call=config.check_structure == "call",
             store=store,
+            cache_wait=config.cache_wait,
+            compiler_timeout=config.compiler_timeout,
         )
 
     def recording(self) -> AbstractContextManager[None]:

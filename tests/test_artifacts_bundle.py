@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -288,3 +289,48 @@ def test_no_room(bundle: Path, tmp_path: Path) -> None:
         import_bundle(small, bundle, secret=SECRET)
     for entry in small.folders.artifacts():
         assert not isinstance(small.check(entry.digest), Miss)
+
+
+def _extension(text: bytes) -> tuple[tarfile.TarInfo, bytes]:
+    member = tarfile.TarInfo("PaxHeaders/x")
+    member.type = tarfile.XHDTYPE
+    return member, text
+
+
+_EXTENSIONS = {
+    "many": lambda contents: [_extension(b"11 path=ab\n")] * 3000 + contents,
+    "large": lambda contents: [_extension(b"11 path=ab\n" + bytes(50 << 20)), *contents],
+    "another size": lambda contents: [_extension(b"12 size=999\n"), *contents],
+    "another length": lambda contents: [_extension(b"9999 path=a\n"), *contents],
+    "for all": lambda contents: [_of_type(_extension(b"11 path=ab\n"), tarfile.XGLTYPE), *contents],
+    "long name": lambda contents: [_of_type(_extension(b"bundle.json\0"), tarfile.GNUTYPE_LONGNAME), *contents],
+    "alone": lambda contents: [_extension(b"11 path=ab\n")],
+}
+
+
+def _of_type(member: tuple[tarfile.TarInfo, bytes], kind: bytes) -> tuple[tarfile.TarInfo, bytes]:
+    member[0].type = kind
+    return member
+
+
+@pytest.mark.parametrize("spoil", _EXTENSIONS.values(), ids=_EXTENSIONS)
+def test_extension_headers(there: Store, tmp_path: Path, spoil: Callable[[Any], Any]) -> None:
+    """Refused for what they claim, in little memory, before anything is parsed or verified."""
+    path = packed(tmp_path / "b.tar", spoil(plainly(built({"x": b"data"}))))
+    tracemalloc.start()
+    try:
+        assert "is no bundle that can be used" in refused(there, path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_long_name(store: Store, there: Store, tmp_path: Path) -> None:
+    """A name that does not fit into a header travels in an extension of it."""
+    long = f"{'a' * 90}/{'b' * 100}"
+    key = ArtifactKey({"long": True})
+    assert store.save(key, {long: b"data"}, {})
+    assert not export_bundle(store, tmp_path / "b.tar", [key.digest], secret=SECRET)
+    assert import_bundle(there, tmp_path / "b.tar", secret=SECRET).added == (key.digest,)
+    found = there.load(key)
+    assert isinstance(found, Artifact) and found.files[long] == b"data"

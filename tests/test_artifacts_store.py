@@ -392,3 +392,82 @@ def test_discarded_artifacts_make_way(tmp_path: Path) -> None:
     assert isinstance(store.load(KEY), Miss)
     assert store.save(KEY, FILES, {})
     assert good(store)
+
+
+def test_a_time_in_the_future_shields_nothing(tmp_path: Path) -> None:
+    """An artifact whose time is years ahead is as old as its folder; the one that was used since stays."""
+    writer = Store(tmp_path)
+    for n in range(2):
+        assert writer.save(number(n), {"a": bytes(2000)}, {})
+    os.utime(writer.folders.of(number(0).digest), (time.time() + 1e8,) * 2)
+    os.utime(writer.folders.of(number(1).digest), (time.time() + 60,) * 2)  # another machine's clock
+    size = max(entry.size for entry in writer.folders.artifacts())
+    gone = Store(tmp_path, limit_bytes=size).trim()
+    assert [entry.digest for entry in gone] == [number(0).digest]
+
+
+def test_leftovers_count(tmp_path: Path) -> None:
+    """What a killed writer left and what was set aside are bytes too; what was set aside goes before an artifact."""
+    writer = Store(tmp_path)
+    assert writer.save(number(0), {"a": bytes(3000)}, {})
+    assert writer.save(number(1), {"a": bytes(3000)}, {})
+    writer.discard(number(1), "load")
+    assert Store(tmp_path, limit_bytes=7500).trim() == []
+    assert list((tmp_path / "quarantine").iterdir())
+    assert Store(tmp_path, limit_bytes=5000).trim() == []
+    assert not list((tmp_path / "quarantine").iterdir())
+    killed = tmp_path / "tmp" / "killed"  # too young to be removed: its writer may be about to lock it
+    killed.mkdir()
+    (killed / "a").write_bytes(bytes(3000))
+    assert Store(tmp_path, limit_bytes=7500).trim() == []
+    assert [entry.digest for entry in Store(tmp_path, limit_bytes=5000).trim()] == [number(0).digest]
+
+
+def test_a_replaced_artifact_is_never_missing(tmp_path: Path) -> None:
+    """A reader beside a process that replaces gets the old one or the new one, at every look."""
+    assert Store(tmp_path).save(KEY, FILES, {})
+
+    def churn() -> bool:
+        store = Store(tmp_path)
+        return all(store.save(KEY, {**FILES, "n": str(n).encode()}, {}, replace=True) for n in range(150))
+
+    child, store, hits = forked(churn), Store(tmp_path), 0
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        assert isinstance(store.load_settled(KEY), Artifact)
+        hits += 1
+    found = store.load(KEY)
+    assert isinstance(found, Artifact) and found.files["n"] == b"149"
+    assert hits > 10 and not (tmp_path / "quarantine").exists()
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_replacing_where_names_cannot_be_swapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On such a file system the old one goes aside for a moment; the new one is there afterwards."""
+    monkeypatch.setattr(Disk, "exchange", lambda self, source, target: False)
+    store = Store(tmp_path)
+    assert store.save(KEY, FILES, {}) and store.save(KEY, {"b": b"2"}, {}, replace=True)
+    found = store.load(KEY)
+    assert isinstance(found, Artifact) and found.files == {"b": b"2"}
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_a_waiter_says_for_whom(tmp_path: Path) -> None:
+    """Its process, its machine and since when; once, however often it looks."""
+    ready, tell = os.pipe()
+
+    def hold() -> bool:
+        with Store(tmp_path).lock(KEY):
+            os.write(tell, b"x")
+            time.sleep(2)
+        return True
+
+    child = forked(hold)
+    assert os.read(ready, 1) == b"x"
+    seen: list[events.Event] = []
+    with events.listening(seen.append), Store(tmp_path).lock(KEY, timeout=60, component="decoder") as held:
+        assert held
+    status(child)
+    (event,) = seen
+    assert (event.kind, event.component, event.data["pid"]) == ("waiting", "decoder", child)
+    assert f"waits for process {child} on this machine" in event.message
+    assert abs(event.data["since"] - time.time()) < 60

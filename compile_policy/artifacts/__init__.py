@@ -11,4 +11,5 @@ from compile_policy.artifacts.locations import open_store as open_store
 from compile_policy.artifacts.locations import user_directories as user_directories
 from compile_policy.artifacts.manifest import Miss as Miss
 from compile_policy.artifacts.reading import Artifact as Artifact
+from compile_policy.artifacts.store import LOCK_SECONDS as LOCK_SECONDS
 from compile_policy.artifacts.store import Store as Store

@@ -34,6 +34,7 @@ from compile_policy.artifacts.manifest import (
 from compile_policy.artifacts.parsing import load_json
 from compile_policy.artifacts.reading import Artifact, sign, verified
 from compile_policy.artifacts.store import Store
+from compile_policy.artifacts.tar import Member, Members
 from compile_policy.errors import CacheError
 
 INDEX = "bundle.json"
@@ -138,15 +139,13 @@ class _Reader:
     """Members in order; a member that isn't a plain file with the expected name and a bounded size is refused."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._size = os.fstat(file.fileno()).st_size
-        self._bundle = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - the file is the caller's
-        self._ahead: tarfile.TarInfo | None = None
+        self._members = Members(file)
+        self._ahead: Member | None = None
         self.signed = False
 
     def peek(self) -> str | None:
         if self._ahead is None:
-            self._ahead = self._bundle.next()
-            self._bundle.members.clear()  # type: ignore[attr-defined]  # it would remember all of them
+            self._ahead = self._members.next()
         return None if self._ahead is None else self._ahead.name
 
     def read(self, name: str, limit: int) -> bytes:
@@ -155,13 +154,11 @@ class _Reader:
             raise ValueError(f"{name} is missing")
         if found != name:
             raise ValueError(f"it holds {str(found)[:120]!r} where {name[:120]!r} belongs")
-        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
+        if not member.plain:
             raise ValueError(f"{name} in it is not a plain file")
-        if member.size > min(limit, self._size):
+        if member.size > limit:
             raise ValueError(f"{name} in it is too large")
-        content = self._bundle.extractfile(member)
-        assert content is not None
-        data = content.read(member.size)
+        data = self._members.read(member)
         self._ahead = None
         return data
 

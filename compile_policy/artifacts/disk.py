@@ -7,6 +7,8 @@ that is full, or a machine that loses power. Modes don't depend on the umask.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import os
 import shutil
 import stat
@@ -65,6 +67,15 @@ class Disk:
         self.step("rename", target)
         os.rename(source, target)
 
+    def exchange(self, source: Path, target: Path) -> bool:
+        """Swap two names in one step, so that ``target`` is there all the time; False where the system cannot.
+
+        Raises:
+            OSError: one of them is not there, or may not be renamed.
+        """
+        self.step("rename", target)
+        return _exchange(os.fsencode(source), os.fsencode(target))
+
     def remove(self, path: Path) -> None:
         """Remove a folder with all that is in it, or a file; links are not followed."""
         self.step("remove", path)
@@ -77,6 +88,24 @@ class Disk:
         """Note that something was used now."""
         self.step("touch", path)
         os.utime(path)
+
+
+_RENAME_EXCHANGE = 2  # linux/fs.h
+_AT_FDCWD = -100  # linux/fcntl.h
+_UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+
+
+def _exchange(source: bytes, target: bytes) -> bool:
+    """``renameat2`` with RENAME_EXCHANGE, which Python does not offer."""
+    rename: Any = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, source, _AT_FDCWD, target, _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _UNKNOWN:  # the kernel, or the file system
+        return False
+    raise OSError(number, os.strerror(number), os.fsdecode(target))
 
 
 def _unless_gone(function: object, path: str, caught: Any) -> None:

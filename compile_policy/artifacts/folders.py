@@ -27,6 +27,7 @@ LAYOUT = "v1"
 QUARANTINED = 16  # the newest are kept
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _YOUNG_SECONDS = 60.0  # a writer may be between making its folder and locking it
+_SKEW_SECONDS = 300.0  # by which clocks of machines that share a directory may differ
 _ABANDONED_SECONDS = 86_400.0  # where folders cannot be locked
 
 
@@ -91,6 +92,19 @@ class Folders:
         self.disk.sync_folder(target.parent)
         return True
 
+    def replace(self, folder: Path, target: Path) -> None:
+        """Put a written folder in the place of one that is there, in one step where the system can.
+
+        Where it cannot, ``target`` is missing for a moment: readers look again under the lock of its key. Afterwards
+        the old one is at ``folder``, or gone.
+        """
+        if self.disk.exchange(folder, target):
+            return
+        aside = self.temporary / secrets.token_hex(8)
+        self.disk.rename(target, aside)
+        self.disk.rename(folder, target)
+        self.disk.remove(aside)
+
     def quarantine(self, path: Path, name: str) -> None:
         """Move something aside under another name, and let the oldest there go."""
         self.make(self.quarantined)
@@ -120,6 +134,17 @@ class Folders:
                 gone += 1
         return gone
 
+    def beside(self) -> int:
+        """Bytes in what is being written, was left half written, or was set aside."""
+        return sum(_bytes_below(folder) for folder in (self.temporary, self.quarantined))
+
+    def empty_quarantine(self) -> int:
+        """Remove what was set aside; returns how many folders."""
+        aside = _children(self.quarantined)
+        for path in aside:
+            self.disk.remove(path)
+        return len(aside)
+
     def artifacts(self, *, manifests: bool = True) -> list[StoredArtifact]:
         """All artifacts; manifests are read on request, and are not verified."""
         shards = (shard for shard in _children(self.root / LAYOUT) if len(shard.name) == 2)
@@ -134,6 +159,15 @@ def _children(path: Path) -> list[Path]:
         return []
 
 
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # gone meanwhile
+                total += os.lstat(os.path.join(path, name)).st_size
+    return total
+
+
 def _changed(path: Path) -> float:
     try:
         return path.lstat().st_ctime
@@ -143,12 +177,18 @@ def _changed(path: Path) -> float:
 
 def _look(path: Path, manifests: bool) -> StoredArtifact | None:
     try:
-        used = path.lstat().st_mtime
+        used = _used(path.lstat())
         sizes = {name.name: name.lstat().st_size for name in path.iterdir()}
     except OSError:  # gone meanwhile, or no folder
         return None
     manifest = _manifest(path) if manifests else None
     return StoredArtifact(path.name, path, sum(sizes.values()), used, "manifest.mac" in sizes, manifest)
+
+
+def _used(status: os.stat_result) -> float:
+    """When an artifact was used last. A time in the future is none: then it counts as used when it was made."""
+    now = time.time()
+    return status.st_mtime if status.st_mtime <= now + _SKEW_SECONDS else min(status.st_ctime, now)
 
 
 def _manifest(path: Path) -> Manifest | Miss:
@@ -169,7 +209,7 @@ def _abandoned(path: Path, older_than: float) -> bool:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
-    age = time.time() - os.fstat(descriptor).st_ctime
+    age = abs(time.time() - os.fstat(descriptor).st_ctime)  # the clock may have been set back
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -32,8 +32,8 @@ def open_store(
 ) -> Store | None:
     """The user's store, or ``None`` with a `PolicyWarning` where there is no safe place for one.
 
-    A private directory is signed with the user's own key, made on first use. With a key file the directory may be shared with others: what is not signed with that key isn't
-    loaded.
+    A private directory is signed with the user's own key, made on first use. With a key file the directory may be
+    shared with others: what is not signed with that key isn't loaded.
 
     Args:
         cache_dir: its directory; ``None`` for the user's cache directory.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import secrets
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from compile_policy import events
-from compile_policy.artifacts.disk import PRIVATE_FILE, Disk
+from compile_policy.artifacts import locks
+from compile_policy.artifacts.disk import Disk
 from compile_policy.artifacts.folders import Folders, StoredArtifact
 from compile_policy.artifacts.key import JSON, ArtifactKey, Difference, differences, plain, weight
 from compile_policy.artifacts.manifest import (
@@ -29,6 +29,9 @@ from compile_policy.errors import PolicyWarning
 
 LIMIT_BYTES = 10 << 30
 LOCK_SECONDS = 600.0
+_SETTLE_SECONDS = 1.0
+#: A shorter wait is not worth a word; a longer one is said again after so many seconds.
+_SAY_AFTER, _SAY_AGAIN = 0.5, 30.0
 
 _LOOKS = 3  # an artifact that is removed or replaced while it is read looks like one with a missing file
 
@@ -77,6 +80,20 @@ class Store:
             self._disk.touch(self.folders.of(key.digest))
         return found[1]
 
+    def load_settled(self, key: ArtifactKey) -> Artifact | Miss:
+        """As `load`, for an artifact that others may be replacing: one that is absent is looked for again under its
+        lock, since not every file system can replace a folder in one step."""
+        found = self.load(key)
+        if isinstance(found, Artifact) or found.reason != "absent":
+            return found
+        lock = self._acquire(key.digest, _SETTLE_SECONDS)
+        if lock is None:
+            return found
+        try:
+            return self.load(key)
+        finally:
+            lock.release()
+
     def check(self, digest: str) -> tuple[Manifest, Artifact] | Miss:
         """Read and verify one artifact, changing nothing."""
         for _ in range(_LOOKS):
@@ -115,12 +132,16 @@ class Store:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def save(self, key: ArtifactKey, files: Mapping[str, bytes], meta: Mapping[str, JSON]) -> bool:
+    def save(
+        self, key: ArtifactKey, files: Mapping[str, bytes], meta: Mapping[str, JSON], *, replace: bool = False
+    ) -> bool:
         """Keep an artifact: afterwards it is there whole, or not at all. One that is there already and good stays.
 
         Args:
             files: name -> content; a name may have folders in it (``blocks/0.pt2``).
             meta: whatever the caller wants back beside the files.
+            replace: put it in the place of a good one too. Readers find the old one or the new one, never none; who
+                reads first and then replaces holds the key's `lock`.
 
         Returns:
             Whether it is kept. When it isn't, a `PolicyWarning` (the first time) and an event have said why.
@@ -135,7 +156,7 @@ class Store:
             self._skip(f"an artifact of {manifest.size} bytes is larger than the limit", "Raise the limit.")
             return False
         try:
-            self._write(key.digest, files, text)
+            self._write(key.digest, files, text, replace)
         except OSError as error:
             self._skip(
                 f"{self.root} cannot be written: {error.strerror or error}",
@@ -156,8 +177,13 @@ class Store:
         self._set_aside(key.digest, reason)
 
     @contextlib.contextmanager
-    def lock(self, key: ArtifactKey, timeout: float = LOCK_SECONDS) -> Iterator[bool]:
+    def lock(self, key: ArtifactKey, timeout: float = LOCK_SECONDS, *, component: str = "") -> Iterator[bool]:
         """Hold the key for making its artifact; the block runs in any case.
+
+        A wait is told as events: for whom, and since when.
+
+        Args:
+            component: what the artifact is of, for these events.
 
         Yields:
             True: nobody else makes it meanwhile (load again before making: someone may just have done so).
@@ -165,26 +191,22 @@ class Store:
 
         The operating system lets go of a lock when its holder dies.
         """
-        lock = self._acquire(key.digest, timeout)
+        lock = self._acquire(key.digest, timeout, _Wait(component))
         try:
             yield lock is not None
         finally:
             if lock is not None:
                 lock.release()
 
-    def _acquire(self, digest: str, timeout: float) -> FileLock | None:
+    def _acquire(self, digest: str, timeout: float, wait: _Wait | None = None) -> locks.FileLock | None:
         path = self.folders.lock_of(digest)
         try:
             self.folders.make(path.parent)
-            lock = FileLock(path, timeout=timeout, mode=PRIVATE_FILE, thread_local=False)
-            lock.acquire()
-        except Timeout:
-            if timeout > 0:
-                said = f"another process has been making the same artifact for {timeout:g} s; not waiting longer"
-                events.emit("note", "", said)
+            lock = locks.acquire(path, timeout, wait)
+        except OSError:  # a read-only directory, or a file system without locks
             return None
-        except (OSError, NotImplementedError):  # a read-only directory, or a file system without locks
-            return None
+        if lock is None and wait is not None:
+            wait.given_up(timeout)
         return lock
 
     def trim(self, limit_bytes: int | None = None) -> list[StoredArtifact]:
@@ -199,6 +221,7 @@ class Store:
             self.folders.sweep()
             stored = self.folders.artifacts(manifests=False)
             total = sum(entry.size for entry in stored)
+            total += self._beside(limit - total)
             for entry in sorted(stored, key=lambda entry: entry.used):
                 if total <= limit:
                     break
@@ -208,6 +231,13 @@ class Store:
         except OSError as error:
             self._skip(f"{self.root} cannot be tidied: {error.strerror or error}", "Run compile-policy cache doctor.")
         return removed
+
+    def _beside(self, room: int) -> int:
+        """Bytes of what is no artifact: it counts too, and what was set aside goes first where there is no ``room``."""
+        beside = self.folders.beside()
+        if beside > max(room, 0) and self.folders.empty_quarantine():
+            beside = self.folders.beside()
+        return beside
 
     def remove(self, digest: str) -> bool:
         """Remove one artifact, unless another process holds its lock.
@@ -223,7 +253,7 @@ class Store:
         finally:
             lock.release()
 
-    def _write(self, digest: str, files: Mapping[str, bytes], text: bytes) -> None:
+    def _write(self, digest: str, files: Mapping[str, bytes], text: bytes, replace: bool) -> None:
         with self.folders.staging() as folder:
             for name, data in files.items():
                 self._disk.write(folder / name_on_disk(name), data)
@@ -234,9 +264,8 @@ class Store:
             target = self.folders.of(digest)
             if self.folders.publish(folder, target):
                 return
-            if isinstance(self.check(digest), Miss):
-                self._set_aside(digest, "replaced")
-                self.folders.publish(folder, target)
+            if replace or isinstance(self.check(digest), Miss):
+                self.folders.replace(folder, target)
 
     def _set_aside(self, digest: str, reason: str) -> None:
         with contextlib.suppress(OSError):  # a directory that we may only read; the artifact is refused every time
@@ -249,3 +278,30 @@ class Store:
             first, self._warned = not self._warned, True
         if first:
             warnings.warn(f"compiled code is not kept on disk: {problem}. {remedy}", PolicyWarning, stacklevel=3)
+
+
+class _Wait:
+    """Tells, as events, that a process waits for the lock of another."""
+
+    def __init__(self, component: str) -> None:
+        self._component = component
+        self._holder: locks.Holder | None = None
+        self._said = 0.0
+
+    def __call__(self, holder: locks.Holder, waited: float) -> None:
+        """Say it once for each holder, and again after a while."""
+        same = self._holder is not None and holder[:2] == self._holder[:2]
+        if waited < _SAY_AFTER or (same and waited < self._said + _SAY_AGAIN):
+            return
+        self._holder, self._said = holder, waited
+        clock = time.strftime("%H:%M:%S", time.localtime(holder.since))
+        busy = max(0.0, time.time() - holder.since)
+        said = f"waits for {holder}, which has been making the same artifact since {clock} ({busy:.0f} s)"
+        data = {"pid": holder.pid, "host": holder.host, "since": holder.since, "seconds": round(waited, 3)}
+        events.emit("waiting", self._component, said, **data)
+
+    def given_up(self, timeout: float) -> None:
+        if timeout > 0:
+            who = self._holder or "another process"
+            said = f"{who} has been making the same artifact for {timeout:g} s; not waiting longer"
+            events.emit("note", self._component, said)

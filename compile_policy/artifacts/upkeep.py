@@ -59,8 +59,4 @@ def clear(store: Store) -> Removed:
 
 
 def _empty(store: Store) -> tuple[int, int]:
-    leftovers = store.folders.sweep(older_than=0)
-    aside = list(store.folders.quarantined.iterdir()) if store.folders.quarantined.is_dir() else []
-    for path in aside:
-        store.folders.disk.remove(path)
-    return leftovers, len(aside)
+    return store.folders.sweep(older_than=0), store.folders.empty_quarantine()

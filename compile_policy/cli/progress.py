@@ -50,6 +50,9 @@ class Progress:
     def _on_loaded(self, event: Event) -> None:
         self.terminal.note(f"{event.component}: {event.message}", style="green")
 
+    def _on_waiting(self, event: Event) -> None:
+        self.terminal.note(f"{event.component or 'cache'}: {event.message}", style="yellow")
+
     def _on_unsaved(self, event: Event) -> None:
         self.terminal.note(f"{event.component}: {event.message}", style="dim")
 

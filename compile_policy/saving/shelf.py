@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from compile_policy.artifacts import JSON, Artifact, ArtifactKey, Miss, Store
+from compile_policy.artifacts import JSON, LOCK_SECONDS, Artifact, ArtifactKey, Miss, Store
 from compile_policy.call_key import Call
 from compile_policy.entry import Entry
+from compile_policy.errors import first_line
 from compile_policy.events import emit
 from compile_policy.saving.factors import entry_factors, label_factors, variants
 from compile_policy.saving.form import Unsaveable, from_files, to_files
@@ -27,9 +29,12 @@ from compile_policy.saving.replicas import OF_RANKS, is_replica
 from compile_policy.saving.sources import SourceChanged, TracedCode, watched_at, watched_places
 from compile_policy.saving.stable import Stable, Unstable, digest, ignored_names
 from compile_policy.shapes import Labels
+from compile_policy.shortage import shortage
 
 #: The environment: code that reads it may differ in every process.
 _OUTSIDE = frozenset({"environ", "getenv"})
+#: An index is read and written in milliseconds; who holds it longer is not waited for.
+_INDEX_SECONDS = 5.0
 #: So many factors are named by a miss.
 _NAMED = 4
 
@@ -41,12 +46,21 @@ class Shelf:
         options: how entries are lowered; part of every key.
         binder: what makes the region's calls canonical.
         name: the component, for events.
+        wait: seconds to wait for another process that compiles the same entry; afterwards it is compiled here too.
     """
 
     def __init__(
-        self, store: Store, module: torch.nn.Module, options: Mapping[str, Any], binder: object, name: str
+        self,
+        store: Store,
+        module: torch.nn.Module,
+        options: Mapping[str, Any],
+        binder: object,
+        name: str,
+        *,
+        wait: float = LOCK_SECONDS,
     ) -> None:
         self.store = store
+        self.wait = wait
         self.module = module
         self.options = options
         self.binder = binder
@@ -86,18 +100,14 @@ class Shelf:
         """Remember beside the artifact that a form of call was compared with eager."""
         if id(entry) in self._keys:
             factors, key = self._keys[id(entry)]
-            index = self.index(factors) or Index()
-            index.proved.setdefault(key, set()).add(_form(form))
-            self.write_index(factors, index)
+            self.update_index(factors, lambda index: index.proved.setdefault(key, set()).add(_form(form)))
 
     def note_minded(self, entry: Entry, relations: Sequence[str]) -> None:
         """Remember, here and beside the artifact, relations between sizes that an entry does not hold without."""
         if id(entry) in self._keys:
             factors, key = self._keys[id(entry)]
             self._minded.setdefault(key, set()).update(relations)
-            index = self.index(factors) or Index()
-            index.minded.setdefault(key, set()).update(relations)
-            self.write_index(factors, index)
+            self.update_index(factors, lambda index: index.minded.setdefault(key, set()).update(relations))
 
     def minded(self, index: Index, key: ArtifactKey) -> set[str]:
         """The relations that were noted for an artifact."""
@@ -108,7 +118,8 @@ class Shelf:
         self._keys[id(entry)] = (factors, key.digest)
 
     def index(self, factors: Factors) -> Index | None:
-        found = self.store.load(index_key(factors))
+        key = index_key(factors)
+        found = self.store.load_settled(key)
         return None if isinstance(found, Miss) else Index.decode(found.files[INDEX])
 
     def artifacts_of(self, entry: Entry) -> list[tuple[ArtifactKey, Artifact]]:
@@ -126,20 +137,31 @@ class Shelf:
         if meta["kind"] != "index":
             self.store.save(ArtifactKey(factors), files, meta)
             return
-        index = self.index(factors) or Index()
-        index.add(Index.decode(files[INDEX]))
-        self.write_index(factors, index)
+        self.update_index(factors, lambda index: index.add(Index.decode(files[INDEX])))
+
+    def update_index(self, factors: Factors, change: Callable[[Index], object]) -> None:
+        """Change an index under its lock."""
+        with self.index_lock(factors):
+            index = self.index(factors) or Index()
+            change(index)
+            self.write_index(factors, index)
+
+    def index_lock(self, factors: Factors) -> AbstractContextManager[bool]:
+        """Held while an index is read, changed and written again, so that no line of another process is lost."""
+        return self.store.lock(index_key(factors), _INDEX_SECONDS, component=self.name)
 
     def write_index(self, factors: Factors, index: Index) -> bool:
-        """Replace an index. Two processes that do so at once cost each other a line, which is found again."""
-        key = index_key(factors)
-        with contextlib.suppress(OSError):
-            self.store.remove(key.digest)
-        return self.store.save(key, {INDEX: index.encode()}, {"component": self.name, "kind": "index"})
+        """Put an index in the place of the old one, which readers find until then."""
+        meta: dict[str, JSON] = {"component": self.name, "kind": "index"}
+        return self.store.save(index_key(factors), {INDEX: index.encode()}, meta, replace=True)
 
 
 class Place:
-    """The artifacts that one call may use: for all its dims free, or with sizes 0 and 1 as constants."""
+    """The artifacts that one call may use: for all its dims free, or with sizes 0 and 1 as constants.
+
+    Attributes:
+        lacking: what this process lacks to load one that is good; empty when nothing does.
+    """
 
     def __init__(self, shelf: Shelf, call: Call, found: Sequence[tuple[Sequence[Labels], Factors]]) -> None:
         self.shelf = shelf
@@ -147,11 +169,13 @@ class Place:
         self.variants = found
         self.lock_key = ArtifactKey({**found[0][1], "kind": "lock"})
         self._missed = False
+        self._unusable: set[str] = set()
+        self.lacking = ""
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """One process at a time looks and, on a miss, compiles; the others find its artifact then."""
-        with self.shelf.store.lock(self.lock_key):
+        with self.shelf.store.lock(self.lock_key, self.shelf.wait, component=self.shelf.name):
             yield
 
     def load(self) -> Entry | None:
@@ -170,9 +194,10 @@ class Place:
                 continue
             try:
                 entry = from_files(found.files, self.shelf.module, self.call)
-            except Exception as error:
-                reasons.append(str(error) if isinstance(error, Unsaveable) else f"{type(error).__name__}: {error}")
-                self.shelf.store.discard(key, "load")  # the new one takes its place
+            except Exception as error:  # its bytes are good: what is wrong is here, or with what they were made for
+                self._unusable.add(key.digest)  # an entry that can be made here takes its place
+                self.lacking = shortage(error)
+                reasons.append(self.lacking or _why_unusable(error))
                 continue
             if entry is None or not self._holds(entry, self.shelf.minded(index, key)):
                 reasons.append("what is stored holds for other sizes")
@@ -212,12 +237,15 @@ class Place:
         except (Unsaveable, SourceChanged, ValueError) as reason:
             shelf.leave(str(reason))
             return
-        index = shelf.index(factors) or Index()
-        index.modules |= code.modules()
-        index.places |= code.places() | watched_places(entry.graph.watched, map(type, shelf.module.modules()))
-        key = index.key(factors)
+        places = code.places() | watched_places(entry.graph.watched, map(type, shelf.module.modules()))
         meta: dict[str, JSON] = {"component": shelf.name, "kind": "entry", "seconds": round(entry.seconds, 1)}
-        if shelf.store.save(key, files, meta) and shelf.write_index(factors, index):
+        with shelf.index_lock(factors):
+            index = shelf.index(factors) or Index()
+            index.add(Index(code.modules(), places))
+            key = index.key(factors)
+            replace = key.digest in self._unusable
+            saved = shelf.store.save(key, files, meta, replace=replace) and shelf.write_index(factors, index)
+        if saved:
             shelf.keep(entry, factors, key)
             emit("saved", shelf.name, "saved for the next process", key=key.digest)
 
@@ -229,6 +257,10 @@ def _code(entry: Entry, *, replica: bool = False) -> TracedCode:
     if read:
         raise Unsaveable(f"its code names {read[0]}, which is no part of what an artifact is found by")
     return traced
+
+
+def _why_unusable(error: Exception) -> str:
+    return str(error) if isinstance(error, Unsaveable) else f"it cannot be loaded here, {first_line(error)}"
 
 
 def _form(form: Hashable) -> str:
