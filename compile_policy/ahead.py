@@ -18,6 +18,7 @@ import torch
 
 from compile_policy import captured, compat
 from compile_policy.blocks import BlockSummary, Piece, divide, whole
+from compile_policy.compat_compiler import own_cache
 from compile_policy.compat_fakes import with_own_sizes
 from compile_policy.program import Package, Program, Segment, Special
 from compile_policy.single import OPTIONS, has_single_row, hidden_tails, single_row
@@ -152,6 +153,24 @@ def _as_captured(pieces: Sequence[Piece]) -> dict[tuple[Any, ...], Package]:
                 data = captured.written(piece.graph)
                 found[piece.form] = Package(data, captured.runner(data))
     return found
+
+
+def compile_hello() -> None:
+    """Compile a kernel of one line anew, load it, and look at what it computes.
+
+    Raises:
+        RuntimeError: it computes something else than eager.
+        Exception: whatever AOTInductor or the compiler raises.
+    """
+    graph = torch.fx.Graph()
+    value = graph.placeholder("x")
+    graph.output((graph.call_function(torch.relu, (graph.call_function(torch.sin, (value,)),)),))
+    x = torch.linspace(-1.0, 1.0, 16)
+    value.meta["example_value"] = x
+    with torch.no_grad(), own_cache():
+        (found,) = make_package(torch.fx.GraphModule({}, graph)).run([x])
+    if not torch.allclose(found, torch.relu(torch.sin(x))):
+        raise RuntimeError("the kernel computes something else than eager")
 
 
 def make_package(gm: torch.fx.GraphModule, *, autotune: bool = False) -> Package:

@@ -174,9 +174,11 @@ def _leftovers() -> set[str]:
 
 
 def _used_by_another(folder: str) -> bool:
-    """Whether a process of this user has a file below the folder open or mapped."""
+    """Whether another process of this user has a file below the folder open or mapped."""
     inside = f"{folder}/"
     for process in Path("/proc").glob("[0-9]*"):
+        if process.name == str(os.getpid()):
+            continue
         try:
             if inside in (process / "maps").read_text():
                 return True

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import threading
+from contextlib import AbstractContextManager
 from typing import Any
 
 COMPILER_SECONDS = 300.0
@@ -79,6 +80,25 @@ def limit_compilers(seconds: float) -> None:
     with _lock:
         _limited.seconds = seconds
         vars(cpp_builder)["subprocess"] = _limited
+
+
+def compiler_version(command: str) -> str:
+    """The first line of what a compiler says about itself.
+
+    Raises:
+        CompilerTimeout: it says nothing within the limit.
+    """
+    said = _limited.run([command, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return str(said.stdout).strip().partition("\n")[0]
+
+
+def own_cache() -> AbstractContextManager[Any]:
+    """Inside the block, Inductor keeps its files in a new directory, which is removed afterwards."""
+    from torch._inductor import utils
+
+    make: Any = getattr(utils, "fresh_cache", None) or utils.fresh_inductor_cache
+    found: AbstractContextManager[Any] = make()
+    return found
 
 
 def find_compiler() -> str:

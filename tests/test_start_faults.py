@@ -106,7 +106,7 @@ def mounted(folder: Path, options: str) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [("noexec,size=64m", "mounted noexec"), ("size=16k", "no space is left in")],
+    [("noexec,size=256m", "mounted noexec"), ("size=16k", "no space is left in")],
     ids=["noexec", "full"],
 )
 def test_a_temporary_directory_that_cannot_be_used(

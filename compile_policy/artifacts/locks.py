@@ -6,6 +6,7 @@ process id, host and the time into the file, for those who wait.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -65,6 +66,8 @@ def acquire(path: Path, timeout: float, waiting: Callable[[Holder, float], None]
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, PRIVATE_FILE)
     try:
+        with contextlib.suppress(PermissionError):  # another user's, on a volume that is shared
+            os.fchmod(descriptor, PRIVATE_FILE)
         started, pause = time.monotonic(), _LOOK_SECONDS[0]
         while not _try(descriptor):
             waited = time.monotonic() - started

@@ -48,6 +48,10 @@ COMMANDS = {
     "config": Command(
         "compile_policy.cli.config:config", "Print the effective configuration and the origin of each value."
     ),
+    "doctor": Command(
+        "compile_policy.cli.doctor:doctor",
+        "Look at versions, compiler, cache, backends, and run a self-test; exit with 1 where something is broken.",
+    ),
     "graphs": Command(
         "compile_policy.cli.graphs:app", "Look into graphs that were dumped with --dump-graphs.", group=True
     ),
