@@ -1,4 +1,4 @@
-"""``compile-policy doctor``: what is right is said to be, what is broken is named with a remedy, nothing is left out."""
+"""``compile-policy doctor``: what is right is said to be, what is broken has a remedy, nothing is left out."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _of(lines: list[dict[str, Any]], name: str) -> list[tuple[str, str]]:
 
 
 def test_everything_is_looked_at(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
-    """Versions, a real kernel by the real compiler, directories, backends, self-test: each has a line, none is broken."""
+    """Versions, a real kernel by the real compiler, directories, backends, self-test: each has a line."""
     before = {path for path in store.root.rglob("*") if path.is_file()}
     lines = _lines(capsys, "doctor", code=0)
     assert {line["name"] for line in lines} >= CHECKS | {"hello kernel"}

@@ -5,6 +5,7 @@ Each check gives lines, and one that cannot be made gives a line that says so.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import stat
@@ -144,10 +145,8 @@ def cache(config: CompilationConfig) -> Iterator[Line]:
 def _directory(root: Path, found: Examination, limit: int) -> Line:
     status = root.stat()
     owner = str(status.st_uid)
-    try:
+    with contextlib.suppress(KeyError):  # a container that runs under a number without a name
         owner = pwd.getpwuid(status.st_uid).pw_name
-    except KeyError:  # a container that runs under a number without a name
-        pass
     size = f"{size_text(found.size)} of {size_text(limit)}"
     contents = f"{found.good} good and {found.damaged} damaged artifacts, {size}"
     said = f"{root}, owner {owner}, mode {stat.S_IMODE(status.st_mode):04o}, {contents}"
