@@ -75,11 +75,12 @@ def attentive(trial: Trial) -> None:
             trial.keep("attention weights", *(step[:-1] if trial.mistaken else step))
 
 
-class _Once(LogitsProcessor):
-    """Keeps a token from coming twice."""
+class _Odd(LogitsProcessor):
+    """Lets odd tokens through alone."""
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        return scores.scatter(1, input_ids, float("-inf"))
+        even = torch.arange(scores.shape[-1]) % 2 == 0
+        return scores.masked_fill(even, float("-inf"))
 
 
 class _Sixth(StoppingCriteria):
@@ -97,7 +98,7 @@ def controlled(trial: Trial) -> None:
     """Processors and criteria of the user's, with state."""
     model = trial.compiled(llama())
     for inputs in prompts(model):
-        processors = LogitsProcessorList([] if trial.mistaken else [_Once()])
+        processors = LogitsProcessorList([] if trial.mistaken else [_Odd()])
         criteria = StoppingCriteriaList([_Sixth()])
         generate(trial, model, inputs, tokens=8, logits_processor=processors, stopping_criteria=criteria)
 

@@ -10,6 +10,7 @@ from compile_policy_transformers.workloads import (
     multimodal,
     precision,
     processes,
+    trainers,
     training,
 )
 from compile_policy_transformers.workloads.workload import Workload
@@ -17,6 +18,7 @@ from compile_policy_transformers.workloads.workload import Workload
 #: Heading -> workloads.
 SECTIONS: dict[str, tuple[Workload, ...]] = {
     "Training": training.WORKLOADS,
+    "Training loops": trainers.WORKLOADS,
     "Low precision": precision.WORKLOADS,
     "Adapters": adapters.WORKLOADS,
     "Pictures": multimodal.WORKLOADS,
