@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from rich.console import Console
 
 from compile_policy.cli import main
+from compile_policy.cli.matrix import versions
 from compile_policy.cli.matrix_sheet import WORKLOADS as SHEET
 from compile_policy.cli.workloads_page import BITES, cells, lines_about, page, row_lines, table, totals
 from compile_policy_transformers.workloads import measure as measuring
@@ -200,3 +202,76 @@ def test_one_workload_through_the_command(
         assert (row["policy"]["state"], row["policy"]["graphs"], row["policy"]["eager_calls"]) == ("equal", 1, 0)
         assert row["control"] > BITES * row["tolerance"]
     assert SHEET.row_lines(row)[0].startswith("| **scoring**: ")
+
+
+#: Cheap ones of each kind, with the graphs that the decoder needs; no call of any runs eager.
+CAPTURED = {
+    "training": 1,
+    "rollouts": 2,
+    "Trainer": 2,
+    "SFTTrainer": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compiled code that the tests of a module share, as most workloads ask the same model."""
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_captured(name: str, store: Path) -> None:
+    """Equal to eager, with so many graphs and no eager call; the graphs run operator by operator, which is cheap."""
+    found = measure(name, stock=False, store=store, backend="eager")
+    if found.policy.state == "missing":
+        pytest.skip(found.policy.reason)
+    assert (found.policy.state, found.policy.graphs, found.policy.eager_calls) == ("equal", CAPTURED[name], 0), found
+    assert found.control > BITES * found.tolerance and found.policy.calls
+
+
+#: In the default configuration, through Inductor; all others are slow.
+FAST = ("scoring", "beam search", "sampling", "prompt lookup", "conversation", "deepcopy", "load_state_dict")
+PAGE = Path(__file__).parent.parent / "docs" / "workloads.md"
+
+
+def _needs_the_page() -> str:
+    """The text of the page, where it was measured with the versions that are installed."""
+    text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    if page([], versions()).splitlines()[4] not in text:
+        pytest.skip("docs/workloads.md was measured with other versions, or not at all")
+    return text
+
+
+def test_every_workload_is_on_the_page() -> None:
+    """One that was added, renamed or taken out is noticed."""
+    text = _needs_the_page()
+    assert re.findall(r"^\| \*\*(.+?)\*\*", text, re.MULTILINE) == names()
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_the_page_is_true(name: str, store: Path) -> None:
+    """What the policy does now is what docs/workloads.md says; what stock does is left to the slow test."""
+    text = _needs_the_page()
+    row = measure(name, stock=False, store=store).to_dict()
+    mine = [line.split(" | ")[:4] for line in row_lines(row)]
+    assert mine == [line.split(" | ")[:4] for line in lines_about(name, text)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", names())
+def test_equal_to_eager(name: str, store: Path) -> None:
+    """Every workload, through Inductor: eager's results, and a mistake that the comparison sees."""
+    found = measure(name, stock=False, store=store)
+    if found.policy.state == "missing":
+        pytest.skip(found.policy.reason)
+    assert found.policy.state == "equal", found
+    assert found.control > BITES * found.tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_the_whole_page_is_true() -> None:
+    """``compile-policy matrix --workloads --check`` over all of them."""
+    _needs_the_page()
+    assert main(["matrix", "--workloads", "--check", str(PAGE)]) == 0

@@ -64,22 +64,36 @@ def names() -> list[str]:
     return list(WORKLOADS)
 
 
-def measure(name: str, *, stock: bool = True, store: Path | None = None) -> Row:
+def measure(name: str, *, stock: bool = True, store: Path | None = None, **wishes: Any) -> Row:
     """Run a workload eager, with its mistake, under the policy and, if asked, with stock `torch.compile`.
 
     Args:
         name: of the workload.
         stock: run that way too.
         store: where the policy keeps compiled code; an empty folder when left out.
+        wishes: fields of the configuration; the table is made without any.
     """
     workload = WORKLOADS[name]
     section = next(title for title, found in SECTIONS.items() if workload in found)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _measured(workload, section, Path(folder), stock, store or Path(folder, "store"))
+        lab = _Lab(Path(folder), store or Path(folder, "store"), wishes)
+        return _measured(workload, section, lab, stock)
 
 
-def _measured(workload: Workload, section: str, folder: Path, stock: bool, store: Path) -> Row:
+@dataclass(frozen=True)
+class _Lab:
+    """Where trials are made: a folder for theirs, the store that they share, and the policy's configuration."""
+
+    folder: Path
+    store: Path
+    wishes: Mapping[str, Any]
+
+    def trial(self, way: Way, mistaken: bool = False) -> Trial:
+        return Trial(way, Path(tempfile.mkdtemp(dir=self.folder)), self.store, mistaken, dict(self.wishes))
+
+
+def _measured(workload: Workload, section: str, lab: _Lab, stock: bool) -> Row:
     def row(policy: Result, beside: Result | None = None, control: float = 0.0) -> Row:
         told = (workload.name, section, workload.what, workload.mistake, workload.tolerance, control)
         return Row(*told, policy, beside)
@@ -87,21 +101,19 @@ def _measured(workload: Workload, section: str, folder: Path, stock: bool, store
     missing = [package for package in workload.needs if importlib.util.find_spec(package) is None]
     if missing:
         return row(Result("missing", reason=f"{', '.join(missing)} is not installed"))
-    want = _run(workload, "eager", folder, store)
+    want = _run(workload, lab.trial("eager"))
     if isinstance(want, Exception):
         return row(Result("eager raises", reason=_cause(want)))
-    mistaken = _run(workload, "eager", folder, store, mistaken=True)
+    mistaken = _run(workload, lab.trial("eager", mistaken=True))
     control = OTHER if isinstance(mistaken, Exception) else error(mistaken.results, want.results)
-    policy = _judged(workload, "policy", folder, store, want)
-    return row(policy, _judged(workload, "stock", folder, store, want) if stock else None, control)
+    policy = _judged(workload, lab.trial("policy"), want)
+    return row(policy, _judged(workload, lab.trial("stock"), want) if stock else None, control)
 
 
-def _run(workload: Workload, way: Way, folder: Path, store: Path, *, mistaken: bool = False) -> Trial | Exception:
+def _run(workload: Workload, trial: Trial) -> Trial | Exception:
     """The trial, or what it raised."""
-    mine = Path(tempfile.mkdtemp(dir=folder))
     torch._dynamo.reset()
     torch.manual_seed(0)
-    trial = Trial(way, mine, store, mistaken)
     try:
         workload.run(trial)
     except Exception as raised:
@@ -110,10 +122,10 @@ def _run(workload: Workload, way: Way, folder: Path, store: Path, *, mistaken: b
     return trial
 
 
-def _judged(workload: Workload, way: Way, folder: Path, store: Path, want: Trial) -> Result:
+def _judged(workload: Workload, trial: Trial, want: Trial) -> Result:
     told: list[Event] = []
     with listening(told.append):
-        got = _run(workload, way, folder, store)
+        got = _run(workload, trial)
     if isinstance(got, Exception):
         return Result("raises", reason=_cause(got))
     found = error(got.results, want.results)

@@ -40,7 +40,7 @@ def _run(trial: Trial, count: int, target: Any, name: str) -> None:
     """
     folder = trial.folder / name
     folder.mkdir()
-    setting = (str(folder), str(trial.store), trial.way, trial.mistaken, count)
+    setting = (folder, trial.store, trial.way, trial.mistaken, trial.wishes, count)
     spawner: Any = torch.multiprocessing
     context = spawner.start_processes(target, setting, nprocs=count, join=False, start_method="spawn")
     until = datetime.datetime.now() + datetime.timedelta(seconds=PATIENCE)
@@ -58,15 +58,17 @@ def _run(trial: Trial, count: int, target: Any, name: str) -> None:
         trial.elsewhere.append(Counts(*found["counts"]))
 
 
-def _answer(rank: int, folder: str, store: str, way: Way, mistaken: bool, count: int) -> None:
-    trial = Trial(way, Path(folder), Path(store), mistaken)
+def _answer(rank: int, folder: Path, store: Path, way: Way, mistaken: bool, wishes: dict[str, Any], count: int) -> None:
+    trial = Trial(way, folder, store, mistaken, wishes)
     asked(trial, trial.compiled(llama()))
     _write(trial, rank)
 
 
-def _train_rank(rank: int, folder: str, store: str, way: Way, mistaken: bool, count: int) -> None:
+def _train_rank(
+    rank: int, folder: Path, store: Path, way: Way, mistaken: bool, wishes: dict[str, Any], count: int
+) -> None:
     torch.set_num_threads(1)
-    trial = Trial(way, Path(folder), Path(store), mistaken)
+    trial = Trial(way, folder, store, mistaken, wishes)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/group",

@@ -91,8 +91,8 @@ def trainer(trial: Trial, collate: Any = padded_on_the_right, **options: Any) ->
     loop: Any = Trainer(
         model=model,
         args=TrainingArguments(**chosen),
-        train_dataset=examples(),  # type: ignore[arg-type]
-        eval_dataset=examples()[:3],  # type: ignore[arg-type]
+        train_dataset=examples(),
+        eval_dataset=examples()[:3],
         data_collator=collate,
         callbacks=[_Watch(trial, "loss", "eval_loss", "grad_norm")],
     )

@@ -40,6 +40,7 @@ class Trial:
     Attributes:
         way: ``eager``, ``policy`` (the default configuration) or ``stock`` (``model.compile(dynamic=True)``).
         mistaken: make the mistake that the workload names; the results must then differ.
+        wishes: fields of the configuration other than its defaults, for every model.
         folder: an empty folder for files.
         store: where the policy keeps compiled code.
         results: what was kept, by name.
@@ -50,6 +51,7 @@ class Trial:
     folder: Path
     store: Path
     mistaken: bool = False
+    wishes: dict[str, Any] = field(default_factory=dict)
     results: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     elsewhere: list[Counts] = field(default_factory=list)
     _models: list[nn.Module] = field(default_factory=list)
@@ -71,7 +73,7 @@ class Trial:
 
     def config(self, **wishes: Any) -> CompilationConfig:
         """The default configuration with this run's store."""
-        return CompilationConfig(cache_dir=self.store, **wishes)
+        return CompilationConfig(cache_dir=self.store, **self.wishes, **wishes)
 
     def keep(self, name: str, *tensors: Any) -> None:
         """Note copies of results under a name; they are compared with those of the other ways."""
