@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all safety-table lint bench bench-gpu clean
+.PHONY: help demo test test-all test-versions safety-table lint bench bench-gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -28,6 +28,9 @@ test: lint  ## lint, then every test that is neither slow nor for a GPU
 test-all: lint  ## lint, then every test that does not need a GPU
 	$(BIN)/python -m pytest -q -m "not gpu"
 
+test-versions: $(STAMP)  ## run the contract on each supported pair of versions and write docs/versions.md (hours, many GB)
+	PYTHONPATH=tests $(BIN)/python -m versions --write
+
 safety-table: $(STAMP)  ## run the hazard matrix and write its table into docs/safety.md (half an hour)
 	PYTHONPATH=tests $(BIN)/python -m hazards --write
 
@@ -45,5 +48,5 @@ bench-gpu: $(STAMP)  ## the benchmarks, on the GPU
 	$(BIN)/python benchmarks/bench_fresh.py --device cuda
 
 clean:  ## remove everything that these targets made
-	rm -rf .venv graph_dumps build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venvs graph_dumps build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find compile_policy backends tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -54,11 +54,14 @@ def guard_facts(entry: Any) -> GuardFacts:
     guard = entry.orig_guard
     words = guard.create_fn.keywords if isinstance(guard.create_fn, functools.partial) else {}
     other = words.get("source_b")
+    asked = guard.originating_source
+    if str(entry.guard_type) == "HASATTR" and "attr" not in words and isinstance(asked, sources.AttrSource):
+        words, asked = {"attr": asked.member}, asked.base  # to torch 2.11: the source is that of the attribute
     return GuardFacts(
         kind=str(entry.guard_type),
         name=str(entry.name),
         detail="; ".join(guard.code_list or ()),
-        place=place_of(guard.originating_source),
+        place=place_of(asked),
         word=words.get("attr", words.get("key")),
         other=None if other is None else place_of(other),
         line=_line(guard),

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.source import AttrSource, LocalSource
+from torch._guards import Guard
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compile_policy import compat
 from compile_policy.compat_fakes import of_shorter_length, with_own_sizes, with_sizes
+from compile_policy.compat_guards import guard_facts
 from compile_policy.errors import EnvironmentNotSupported
 from compile_policy.versions import check_versions
 
@@ -278,3 +284,16 @@ def test_sizes_that_no_dim_gives_get_a_symbol() -> None:
     kept = with_own_sizes([whole, quarter])
     assert kept[0] is whole and kept[1] is quarter
     assert with_own_sizes([quarter, whole])[0].shape[0].node.expr.is_Symbol  # type: ignore[attr-defined]
+
+
+def test_a_guard_on_an_attribute_is_read_in_both_forms() -> None:
+    """To torch 2.11 its source is that of the attribute, since then that of the object and the name beside it."""
+    owner = LocalSource("x")
+    forms = {
+        "until 2.11": Guard(AttrSource(owner, "scale"), GuardBuilder.HASATTR),
+        "since 2.12": Guard(owner, functools.partial(GuardBuilder.HASATTR, attr="scale")),
+    }
+    for guard in forms.values():
+        entry: Any = SimpleNamespace(orig_guard=guard, guard_type="HASATTR", name="x.scale")
+        facts = guard_facts(entry)
+        assert (facts.place, facts.word) == ((("local", "x"),), "scale")
