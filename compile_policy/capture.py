@@ -30,7 +30,9 @@ from compile_policy.predicate import conditions_of
 from compile_policy.repeats import NotRepeated, Remake, Repeats, repeats
 from compile_policy.shapes import UNBACKED
 from compile_policy.shortage import shortage
+from compile_policy.stand_ins import Substitutes
 from compile_policy.stitch import Stitching
+from compile_policy.unseen import Unseen
 from compile_policy.watch import suspended
 from compile_policy.watched import hidden_builtins
 
@@ -50,6 +52,7 @@ def compile_call(
     on_capture: Callable[[], None] = lambda: None,
     module: torch.nn.Module | None = None,
     remake: Remake | None = None,
+    world: Unseen | None = None,
 ) -> CompiledGraph:
     """Capture ``fn(*leaves)`` as one graph and lower it.
 
@@ -63,6 +66,7 @@ def compile_call(
         on_capture: called before each capture, to count it.
         module: the component that ``fn`` runs, which the fingerprint walks; without it more is watched.
         remake: makes ``fn`` for a stand-in of ``module``.
+        world: what trial runs wrote into; the graph's own trial runs write into copies of that.
 
     Raises:
         NotCompilable: the graph depends on something that nothing covers.
@@ -72,16 +76,16 @@ def compile_call(
     try:
         if module is not None and remake is not None and lowering.takes_any_graph() and not _wants_gradients(module):
             try:
-                found = repeats(module, remake, leaves, [tuple(names) for names in labels])
+                found = repeats(module, remake, leaves, [tuple(names) for names in labels], world)
                 if found is not None:
-                    return _compile_once(fn, leaves, labels, lowering, on_capture, module, (remake, found))
+                    return _compile_once(fn, leaves, labels, lowering, on_capture, module, (remake, found), world)
             except NotRepeated as reason:
                 depth = f"all layers were traced: {reason}"
-        graph = _compile_once(fn, leaves, labels, lowering, on_capture, module)
+        graph = _compile_once(fn, leaves, labels, lowering, on_capture, module, world=world)
     except AheadFault as fault:
         if shortage(fault):  # what this process lacks, the other road needs too
             raise (fault.__cause__ or fault) from None
-        graph = _compile_once(fn, leaves, labels, lowering.jit(), on_capture, module)
+        graph = _compile_once(fn, leaves, labels, lowering.jit(), on_capture, module, world=world)
         graph.why_jit = fault.reason
     graph.depth = depth
     return graph
@@ -99,9 +103,12 @@ def _compile_once(
     on_capture: Callable[[], None],
     module: torch.nn.Module | None,
     shorter: tuple[Remake, Repeats] | None = None,
+    world: Unseen | None = None,
 ) -> CompiledGraph:
     on_capture()
     catcher = _Catcher(_with_own_code(fn), leaves, lowering, module)
+    if world is not None:
+        catcher.written = world.stand_ins.written
     traced = catcher.traced
     if shorter is not None:
         assert module is not None
@@ -173,6 +180,7 @@ class _Catcher:
         self.graph: CompiledGraph | None = None
         self.deferred: torch.fx.GraphModule | None = None
         self.outputs: Sequence[Any] = ()
+        self.written: frozenset[int] = frozenset()  # memory that the component writes into
 
     def drop_guards(self, entries: Sequence[Any]) -> list[bool]:
         try:
@@ -200,7 +208,8 @@ class _Catcher:
         self.graph = CompiledGraph(code, arguments, [], accepts, traced=traced_code())
 
         def run_and_note(*inputs: Any) -> Any:
-            self.outputs = code(*inputs)
+            taking_their_place = Substitutes(self.written)
+            self.outputs = code(*[taking_their_place.of(value) for value in inputs])
             return self.outputs
 
         return run_and_note
@@ -225,6 +234,7 @@ class _Catcher:
         self.graph.guards = list(self.account.records)
         self.graph.watched = (*self.account.watched, *hidden_builtins(self.graph.traced))
         self.graph.outputs = [self._output(r) for r in results]
+        self.graph.written = self.written
         gm = self.captured if self.repeats is None else self._stitched(self.captured, self.repeats)
         self.graph.readable = gm.print_readable(print_output=False)
         self.graph.sources = [_source_record(n) for n in gm.graph.nodes if n.op.startswith("call")]

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch._inductor
+import torch.utils._pytree as pytree
 from torch._C._dynamo.guards import TensorGuards
 from torch._C._dynamo.guards import dict_version as _dict_version
 from torch._guards import TracingContext
 from torch._inductor.package.package import package_aoti
 from torch.autograd import forward_ad, profiler
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as module_hooks
 from torch.utils._device import DeviceContext
 from torch.utils.hooks import RemovableHandle
@@ -269,6 +271,11 @@ def eager_only(module: torch.nn.Module) -> str:
     return ""
 
 
+def saves_tensors_for_others() -> bool:
+    """Whether somebody packs what autograd saves, as activation checkpointing does, in a call that wants gradients."""
+    return torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def hooks_made() -> int:
     """Grows with every hook that is registered anywhere, on a module or on a tensor."""
     return RemovableHandle.next_id
@@ -299,18 +306,6 @@ def call_with_hooks(module: torch.nn.Module, call: Any, args: tuple[Any, ...], k
     return result
 
 
-def tensor_state(module: torch.nn.Module) -> list[torch.Tensor]:
-    """Tensors that a forward may write into: buffers, and tensors kept as plain attributes."""
-    return [*module.buffers(), *loose_tensors(module)]
-
-
-def loose_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
-    """Tensors in plain attributes, and in lists and dicts there."""
-    values = [v for m in module.modules() for n, v in m.__dict__.items() if n not in ("_parameters", "_buffers")]
-    inside = [i for v in values if isinstance(v, (list, dict)) for i in (v.values() if isinstance(v, dict) else v)]
-    return [v for v in [*values, *inside] if type(v) is torch.Tensor]
-
-
 def alike(tensors: Sequence[torch.Tensor], varying: Sequence[int | None]) -> Callable[..., bool]:
     """A check that as many arguments are tensors like these, in one call and without looking at their values.
 
@@ -338,9 +333,38 @@ def storage_of(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+#: Operators that write into these arguments while they train, although their schemas do not say so.
+_RUNNING = ("running_mean", "running_var")
+_UNDECLARED = frozenset(("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm"))
+
+
 def mutates(op: Any) -> bool:
-    """Whether an operator's schema says that it writes into an argument."""
-    return isinstance(op, torch._ops.OpOverload) and bool(op._schema.is_mutable)
+    """Whether an operator may write into an argument."""
+    if not isinstance(op, torch._ops.OpOverload):
+        return False
+    return bool(op._schema.is_mutable) or op._schema.name in _UNDECLARED
+
+
+def written_by(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The tensors that a call of an operator writes into."""
+    given = dict(kwargs)
+    given.update(zip([argument.name for argument in op._schema.arguments], args, strict=False))
+    if op._schema.name in _UNDECLARED:
+        return [given[n] for n in _RUNNING if given.get(n) is not None] if given.get("training") else []
+    written = [a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    found = pytree.tree_leaves([given.get(name) for name in written])
+    return [t for t in found if isinstance(t, torch.Tensor)]
+
+
+def storage_alive(tensor: torch.Tensor) -> Callable[[], bool]:
+    """Asks whether the tensor's memory still exists, so that its number was given to no other."""
+    reference = StorageWeakRef(tensor.untyped_storage())
+    return lambda: not reference.expired()
+
+
+def set_version(tensor: torch.Tensor, version: int) -> None:
+    """Set the count of writes into a tensor, by which autograd notices them."""
+    torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
 
 
 def inductor_settings() -> dict[str, Any]:

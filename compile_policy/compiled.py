@@ -18,6 +18,7 @@ from compile_policy.lowering import Lowering
 from compile_policy.masked_attention import dense, takes_marks
 from compile_policy.predicate import ShapeConditions
 from compile_policy.program import Program, picker
+from compile_policy.stand_ins import Substitutes, places_of
 from compile_policy.watched import Watched
 
 
@@ -58,6 +59,7 @@ class CompiledGraph:
         program: the native packages, when lowered ahead of time; takes ``bound`` and then the leaves in ``order``.
         blocks: how the graph was divided into packages; ``None`` on the other road.
         marks: leaves that may be causal marks; code of the other road expects dense masks.
+        written: memory of bound tensors that the graph writes into, as `compat.storage_of` gives it.
     """
 
     code: Callable[..., Any]
@@ -76,6 +78,7 @@ class CompiledGraph:
     bound: list[torch.Tensor] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
     marks: frozenset[int] = frozenset()
+    written: frozenset[int] = frozenset()
 
     @property
     def road(self) -> str:
@@ -100,6 +103,28 @@ class CompiledGraph:
             if number not in self.marks:
                 leaves[number] = dense(leaves[number])
         return leaves
+
+    def run_unseen(self, leaves: list[torch.Tensor], copies: Substitutes | None = None) -> Sequence[torch.Tensor]:
+        """`run` on copies of the bound tensors that it writes into, for a call that nobody made.
+
+        Args:
+            copies: where the copies are kept, for who wants to see them afterwards.
+        """
+        if not self.written:
+            return self.run(leaves)
+        copies = copies or Substitutes(self.written)
+        if self.program is not None:
+            results: Sequence[torch.Tensor] = self.program.run(
+                [copies.of(t) for t in self.bound] + self._in_order(leaves)
+            )
+        else:
+            results = self.code(*[copies.of(value) for value in self._inputs(leaves)])
+        return [results[i] if kind == "graph" else leaves[i] for kind, i in self.outputs]
+
+    def changed(self) -> list[torch.Tensor]:
+        """The bound tensors that it writes into."""
+        bound = self.bound or [a.tensor for a in self.arguments if a.tensor is not None]
+        return [bound[i] for i in places_of(bound, self.written)]
 
     def _inputs(self, leaves: Sequence[torch.Tensor]) -> list[Any]:
         """The inputs of ``code``: only what the call brings is put in its place."""

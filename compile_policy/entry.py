@@ -17,9 +17,12 @@ from compile_policy.example import another_example, copies
 from compile_policy.lowering import Lowering
 from compile_policy.outputs import OutputSpec as OutputSpec
 from compile_policy.reference import TOLERANCE as TOLERANCE
-from compile_policy.reference import Reference, preserved
+from compile_policy.reference import Reference
 from compile_policy.reference import relative_error as relative_error
 from compile_policy.shapes import Labels
+from compile_policy.stand_ins import Substitutes
+from compile_policy.tensors import attribute_tensors
+from compile_policy.unseen import unseen
 
 
 class ExampleUnfit(NotCompilable):
@@ -64,9 +67,16 @@ class Entry:
 
     def run(self, call: Call) -> Any:
         """Run the graph for a call with this entry's key and accepted sizes."""
+        return self._run(call, self.graph.run)
+
+    def run_unseen(self, call: Call, copies: Substitutes) -> Any:
+        """`run` for a call that nobody made: what the graph writes beside the call's own tensors goes into copies."""
+        return self._run(call, lambda leaves: self.graph.run_unseen(leaves, copies))
+
+    def _run(self, call: Call, graph: Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]) -> Any:
         self.calls += 1
         leaves = self.graph.with_marks(call.leaves, call.marks) if call.marks else call.leaves
-        results = self.graph.run(leaves)
+        results = graph(leaves)
         if call.copied:
             results = self._as_given(call, results)
         result = self.output.build(results, {name: public_value(call.values[name]) for name in self.output.names})
@@ -120,17 +130,18 @@ def build_entry(
         NotCompilable: the result cannot come out of a graph, or differs from eager.
         Exception: what capture or lowering raised.
     """
-    with preserved(module):
+    with unseen(module) as world:
         try:
-            reference = Reference(module, call, example)
+            reference = Reference(module, call, example, world)
         except NotCompilable:
             raise
         except Exception as error:
             raise ExampleUnfit(f"the component does not run on a synthetic example: {first_line(error)}") from error
-        for tensor in compat.loose_tensors(module):  # bound like parameters; their sizes are no sizes of the call
+        for tensor in attribute_tensors(module):  # bound like parameters; their sizes are no sizes of the call
             compat.mark_static(tensor)
         lowering = lowering.for_sizes(call.frequent) if call.frequent else lowering
-        graph = compile_call(reference.traceable(), example, labels, lowering, on_capture, module, reference.traceable)
+        remake = reference.traceable
+        graph = compile_call(remake(), example, labels, lowering, on_capture, module, remake, world)
         output = OutputSpec(reference.tree, reference.leaves)
         written = reference.written - call.mutable
         entry = Entry(call.description(), graph, output, reference.state_sizes, written)

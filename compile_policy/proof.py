@@ -2,8 +2,9 @@
 
 An entry is compared with eager when it is built, on the canonical call. Whether the canonical call means what the
 caller's did, only the caller's call can tell: a decoder that derives positions from the padding mask, say, where the
-binder counts tokens. So the first call of every form (which arguments are given, of what kind) runs both ways on
-copies. The caller's cache, tensors and random state are not touched.
+binder counts tokens. So the first call of every form (which arguments are given, of what kind) runs both ways: the
+graph on copies, and then the component itself on the caller's own arguments. What the caller gets is eager's, and
+everything that the call leaves behind is what eager leaves.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from compile_policy import compat
+from compile_policy.entry import Entry
 from compile_policy.errors import first_line
 from compile_policy.gradients import TOLERANCE as GRADIENT_TOLERANCE
 from compile_policy.gradients import (
@@ -25,9 +28,15 @@ from compile_policy.gradients import (
     gradients_of,
     wanted_of,
 )
-from compile_policy.reference import TOLERANCE, preserved, relative_error, tolerances
+from compile_policy.reference import TOLERANCE, relative_error, tolerances
+from compile_policy.random_state import drawn_states, same_states, seed_for_comparison
+from compile_policy.stand_ins import Substitutes
+from compile_policy.unseen import Unseen, refuse_hooks, unseen
 
 _DEPTH = 6
+_NO_MEMORY = (torch.OutOfMemoryError, MemoryError)
+#: Runs a call through the graph, given positional and keyword arguments, the `Unseen` and the `Substitutes`.
+Run = Callable[..., Any]
 
 
 def form_of(values: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -45,49 +54,147 @@ def _kind(value: Any) -> Any:
     return value if isinstance(value, (bool, str, type(None))) else type(value)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What the component itself made of a call that was compared.
+
+    Attributes:
+        result: eager's, for the caller.
+        reason: how the graph differs, in words; empty when it does not.
+        known: whether that can be said: ``False`` where there was no memory for a second run.
+    """
+
+    result: Any
+    reason: str = ""
+    known: bool = True
+
+
+def answered(
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    run: Run,
+    entry: Entry,
+    rows: torch.Tensor | None = None,
+    tolerance: Mapping[torch.dtype, float] = TOLERANCE,
+) -> Answer:
+    """The caller's call answered by the module's own forward, and compared with ``run`` on copies of it.
+
+    A call that draws random numbers is not compared.
+
+    Args:
+        run: the call through the graph; it is given copies, what takes writes, and where to keep what the graph writes.
+        rows: boolean, (batch, sequence): the positions that count, where some are padding. Nobody reads the others,
+            nor what they leave in a cache.
+
+    Raises:
+        Exception: whatever eager raises on this call.
+    """
+    refuse_hooks(module)
+    written = Substitutes(entry.graph.written)
+    mine = got = None
+    failed = ""
+    known = True
+    try:
+        with unseen(module) as world, torch.no_grad():
+            mine = _copied((args, dict(kwargs)))
+            world.stand_ins.allow(tensor for _, tensor in _tensors(mine))
+            got = run(*mine, world, written)
+    except _NO_MEMORY:
+        mine, got, known = None, None, False
+    except Exception as error:
+        failed = f"it fails with {first_line(error)}"
+    before = drawn_states()
+    result = module.forward(*args, **kwargs)
+    if failed or not known or not same_states(before, drawn_states()):
+        return Answer(result, failed, known)
+    try:
+        reason = _compared(got, result, mine, (args, kwargs), rows, tolerances(module, tolerance))
+        return Answer(result, reason or _state_differs(entry, written, tolerance))
+    except _NO_MEMORY:
+        return Answer(result, known=False)
+
+
 def misfit(
     module: torch.nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    run: Callable[[tuple[Any, ...], dict[str, Any]], Any],
+    run: Run,
     rows: torch.Tensor | None = None,
     tolerance: Mapping[torch.dtype, float] = TOLERANCE,
+    written: frozenset[int] = frozenset(),
     *,
     gradients: bool = False,
 ) -> str:
-    """How ``run(args, kwargs)`` differs from the module's own forward, in words; empty when it doesn't.
+    """How ``run`` differs from the module's own forward, in words; empty when it doesn't. Both run on copies.
 
-    Both run on copies. A call on which eager itself fails is not compared: it is the caller's to hear of; nor is one
-    that draws random numbers.
+    For a call that eager must not answer itself. One on which eager fails is not compared: it is the caller's to hear
+    of; nor is one that draws random numbers.
 
     Args:
         gradients: compare the gradients of parameters and of tensors of the call too.
-        rows: boolean, (batch, sequence): the positions that count, where some are padding. Nobody reads the others,
-            nor what they leave in a cache.
+        written: memory that the graph writes into, as `CompiledGraph.written` has it.
+
+    Raises:
+        NoMemory: there was not enough for a second run.
     """
-    tolerance = tolerances(module, tolerance)
-    with preserved(module), torch.set_grad_enabled(gradients), comparable():
-        theirs, mine = _copied((args, dict(kwargs))), _copied((args, dict(kwargs)))
-        torch.manual_seed(0)
-        drawn = torch.get_rng_state()
-        try:
-            expected = module.forward(*theirs[0], **theirs[1])
-        except Exception:
-            return ""
-        if not torch.equal(drawn, torch.get_rng_state()):
-            return ""
-        torch.manual_seed(0)
-        try:
-            got = run(*mine)
-        except Exception as error:
-            return f"it fails with {first_line(error)}"
-        results, wanted = dict(_tensors(got)), dict(_tensors(expected))
-        reason = _difference(results, wanted, rows, tolerance, complete=True)
-        if not reason and rows is None:
-            reason = _difference(dict(_tensors(mine)), dict(_tensors(theirs)), None, tolerance, complete=False)
-        if not reason and gradients:
-            reason = _other_gradients(module, (results, mine), (wanted, theirs), rows)
-        return reason
+    try:
+        with unseen(module) as world, torch.set_grad_enabled(gradients), comparable():
+            theirs, mine = _copied((args, dict(kwargs))), _copied((args, dict(kwargs)))
+            world.stand_ins.allow(tensor for _, tensor in _tensors((theirs, mine)))
+            seed_for_comparison()
+            before = drawn_states()
+            try:
+                with world.stand_ins:
+                    expected = module.forward(*theirs[0], **theirs[1])
+            except _NO_MEMORY:
+                raise
+            except Exception:
+                return ""
+            if not same_states(before, drawn_states()):
+                return ""
+            try:
+                got = run(*mine, world, Substitutes(written))
+            except _NO_MEMORY:
+                raise
+            except Exception as error:
+                return f"it fails with {first_line(error)}"
+            reason = _compared(got, expected, mine, theirs, rows, tolerances(module, tolerance))
+            if not reason and gradients:
+                reason = _other_gradients(
+                    module, (dict(_tensors(got)), mine), (dict(_tensors(expected)), theirs), rows, world
+                )
+            return reason
+    except _NO_MEMORY as error:
+        raise NoMemory from error
+
+
+class NoMemory(Exception):
+    """A comparison could not be made for want of memory: nothing is concluded."""
+
+
+def _compared(
+    got: Any,
+    expected: Any,
+    mine: Any,
+    theirs: Any,
+    rows: torch.Tensor | None,
+    tolerance: Mapping[torch.dtype, float],
+) -> str:
+    """How results differ, or what the calls leave in their arguments."""
+    reason = _difference(dict(_tensors(got)), dict(_tensors(expected)), rows, tolerance, complete=True)
+    if not reason and rows is None:
+        reason = _difference(dict(_tensors(mine)), dict(_tensors(theirs)), None, tolerance, complete=False)
+    return reason
+
+
+def _state_differs(entry: Entry, written: Substitutes, tolerance: Mapping[torch.dtype, float]) -> str:
+    """How what the graph wrote into its copies differs from what eager wrote; empty when it does not."""
+    for tensor in entry.graph.changed():
+        error = relative_error(written.of(tensor), tensor)
+        if error > tolerance.get(tensor.dtype, 0.0):
+            return f"a tensor that it writes into differs from eager by {error:.2g}"
+    return ""
 
 
 def _other_gradients(
@@ -95,12 +202,14 @@ def _other_gradients(
     got: tuple[dict[str, torch.Tensor], Any],
     want: tuple[dict[str, torch.Tensor], Any],
     rows: torch.Tensor | None,
+    world: Unseen,
 ) -> str:
     """How the gradients of two runs differ, each given as its results by path and its arguments."""
     (results, mine), (expected, theirs) = got, want
     cotangents = cotangents_of(expected, rows)
     try:
-        eager = gradients_of(expected, cotangents, wanted_of(module, dict(_tensors(theirs))))
+        with world.stand_ins:  # going back may run parts of the component again
+            eager = gradients_of(expected, cotangents, wanted_of(module, dict(_tensors(theirs))))
     except Exception:
         return ""  # the caller's to hear of
     try:

@@ -7,16 +7,35 @@ as the call itself, only the call can tell: the first of each form runs both way
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from compile_policy import compat
 from compile_policy.binder import Binder
 from compile_policy.call_key import Call
 from compile_policy.entries import Entries, PassingObstacle
 from compile_policy.entry import TOLERANCE, Entry
 from compile_policy.options import RegionOptions
-from compile_policy.proof import misfit
+from compile_policy.proof import Answer, NoMemory, Run, answered, misfit
+from compile_policy.stand_ins import Substitutes
+from compile_policy.unseen import Unseen
+
+_MISFIT = "the graph does not fit calls of this form: "
+
+
+class Misfit(PassingObstacle):
+    """The graph is not what the component's own forward is, for calls of one form.
+
+    Attributes:
+        difference: what differs.
+    """
+
+    def __init__(self, difference: str) -> None:
+        super().__init__(f"{_MISFIT}{difference}")
+        self.difference = difference
 
 
 class ProvedEntries(Entries):
@@ -29,6 +48,7 @@ class ProvedEntries(Entries):
     def __init__(self, module: torch.nn.Module, name: str, binder: Binder, options: RegionOptions) -> None:
         super().__init__(module, name, binder, options)
         self.proved: dict[tuple[int, Hashable], str] = {}
+        self._runs_parts = bool(getattr(binder, "runs_parts", False))  # binding runs a part of the component
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Bring a call to its canonical form."""
@@ -36,53 +56,103 @@ class ProvedEntries(Entries):
 
     def proved_entry(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call, form: tuple[Hashable, Any] | None
-    ) -> Entry:
-        """The entry for a call, proved for its form, and for sizes for which tracing was told what does not hold."""
+    ) -> tuple[Entry, Answer | None]:
+        """The entry for a call, proved for its form, and for sizes for which tracing was told what does not hold.
+
+        The first call of a form is answered by the component itself: the second value is its answer.
+
+        Raises:
+            PassingObstacle: the graph was found not to fit calls of this form.
+        """
         entry = self.find(call) or self.obtain(call)
         unlike = entry.graph.accepts.unlike(call.leaves)
         kind, rows = form or (None, None)
         sizes = entry.new_sizes(call)
         if not unlike:
-            if form is not None or sizes:
-                self._prove(args, kwargs, entry, (kind, sizes) if sizes else kind, rows)
-            return entry
+            if form is None and not sizes:
+                return entry, None
+            return entry, self._prove(args, kwargs, entry, (kind, sizes) if sizes else kind, rows)
+        answer: Answer | None = None
         try:
-            self._prove(args, kwargs, entry, (kind, unlike, sizes) if sizes else (kind, unlike), rows)
+            answer = self._prove(args, kwargs, entry, (kind, unlike, sizes) if sizes else (kind, unlike), rows)
+            misfits = answer is not None and bool(answer.reason)
         except PassingObstacle:
-            if self.shelf is not None:  # where the entry would be found again as it was
-                self.shelf.note_minded(entry, unlike)
-            entry.graph.accepts = entry.graph.accepts.minding(unlike)
-            return self.proved_entry(args, kwargs, call, form)
-        return entry
+            misfits = True
+        if not misfits:
+            return entry, answer
+        if self.shelf is not None:  # where the entry would be found again as it was
+            self.shelf.note_minded(entry, unlike)
+        entry.graph.accepts = entry.graph.accepts.minding(unlike)
+        if answer is not None:  # the next call of this kind finds another entry
+            return entry, replace(answer, reason="")
+        return self.proved_entry(args, kwargs, call, form)
 
     def _prove(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry, form: Hashable, rows: torch.Tensor | None
-    ) -> None:
-        """Refuse a form of call for which the graph is not what the component's own forward is; looked at once."""
+    ) -> Answer | None:
+        """The component's own answer to the first call of a form; none for a form that was looked at before."""
         place = (entry.number, form)
         if place not in self.proved and self.shelf is not None and self.shelf.proved(entry, form):
             self.proved[place] = ""
-        if place not in self.proved:
-            self.proved[place] = self.misfit(args, kwargs, entry, rows, TOLERANCE)
-            if self.shelf is not None and not self.proved[place]:
-                self.shelf.note_proof(entry, form)
-        if self.proved[place]:
-            raise PassingObstacle(f"the graph does not fit calls of this form: {self.proved[place]}")
+        if place in self.proved:
+            if self.proved[place]:
+                raise Misfit(self.proved[place])
+            return None
+        try:
+            answer = self.answer(args, kwargs, entry, rows, TOLERANCE)
+        except Misfit as misfits:
+            self.proved[place] = misfits.difference
+            raise
+        if answer is not None and not answer.known:
+            return answer
+        reason = "" if answer is None else answer.reason
+        self.proved[place] = reason
+        if self.shelf is not None and not reason:
+            self.shelf.note_proof(entry, form)
+        return answer
 
-    def misfit(
+    def answer(
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         entry: Entry,
         rows: torch.Tensor | None,
         tolerance: Mapping[torch.dtype, float],
-    ) -> str:
-        """What speaks against an entry for this call, in which it and the component's own forward run on copies."""
-        self.building.now = True
+    ) -> Answer | None:
+        """The component's own answer to a call that is compared with the entry.
+
+        ``None`` where the entry is to answer, and was compared on copies alone: a call whose saved tensors somebody
+        counts, as activation checkpointing does, must take the same road when it is repeated; and where binding runs
+        a part of the component, that part has run by now.
+
+        Raises:
+            Misfit: the entry does not fit, and nothing has answered yet.
+            PassingObstacle: there is no memory to tell.
+        """
+        run = self._run_copies(entry)
+        answers = not (compat.saves_tensors_for_others() or self._runs_parts)
+        gradients = entry.wants_gradients
+        if answers and not gradients:
+            return answered(self.module, args, kwargs, run, entry, rows, tolerance)
         try:
-            return misfit(
-                *(self.module, args, kwargs, lambda a, k: entry.run(self.bind(a, k)), rows, tolerance),
-                gradients=entry.wants_gradients,
-            )
-        finally:
-            self.building.now = False
+            written = entry.graph.written
+            reason = misfit(self.module, args, kwargs, run, rows, tolerance, written, gradients=gradients)
+        except NoMemory:
+            raise PassingObstacle("there is no memory to compare this call with eager") from None
+        if answers:  # gradients were compared on copies, and the call leaves what eager leaves
+            return Answer(self.module.forward(*args, **kwargs), reason)
+        if reason:
+            raise Misfit(reason)
+        return None
+
+    def _run_copies(self, entry: Entry) -> Run:
+        def run(args: tuple[Any, ...], kwargs: dict[str, Any], world: Unseen, copies: Substitutes) -> Any:
+            self.building.now = True
+            try:
+                with world.stand_ins if self._runs_parts else nullcontext():
+                    call = self.bind(args, kwargs)
+                return entry.run_unseen(call, copies)
+            finally:
+                self.building.now = False
+
+        return run

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from compile_policy import compat, containers
+from compile_policy import containers
 from compile_policy.call_key import CONSTANTS, Call, adapted, collect_state, rebuild
 from compile_policy.compiled import CompiledGraph
 from compile_policy.errors import NotCompilable, first_line
@@ -26,12 +23,13 @@ from compile_policy.gradients import (
     numbered,
     wanted_of,
 )
+from compile_policy.random_state import drawn_states, same_states, seed_for_comparison
+from compile_policy.reach import Reached
+from compile_policy.unseen import Unseen
 
 #: Largest error of a compiled entry against eager on the example, relative to the largest value of the tensor.
 #: Fusion keeps intermediates in higher precision than eager does, so low precisions get room for a few roundings.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
-
-_DENSE = (torch.nn.Parameter, torch.Tensor)
 
 #: Room for weights of few bits: activations are rounded to as few steps, and the last digit decides which way.
 QUANTIZED = 5e-2
@@ -50,26 +48,6 @@ class ChangesItself(NotCompilable):
     """Every call changes the component's Python state, which a graph would not do."""
 
 
-class ChangesWeights(TorchDispatchMode):
-    """Inside the block, a write into one of the component's parameters is refused before it happens.
-
-    A trial run must not change what the user trained: PEFT, for one, takes merged adapters out of the weights in the
-    forward that finds them disabled. Buffers may be written; they are given back afterwards.
-    """
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._weights = {compat.storage_of(p): name for name, p in module.named_parameters() if type(p) in _DENSE}
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if compat.mutates(op):
-            for tensor in pytree.tree_leaves((args, kwargs))[:1]:  # what is written comes first, by torch's convention
-                name = self._weights.get(compat.storage_of(tensor)) if isinstance(tensor, torch.Tensor) else None
-                if name is not None:
-                    raise NotCompilable(f"its forward writes into the parameter {name}")
-        return op(*args, **(kwargs or {}))
-
-
 class Reference:
     """The component run eager on the example.
 
@@ -82,8 +60,9 @@ class Reference:
         NotCompilable: the result cannot come out of a graph, or the run changes the component itself.
     """
 
-    def __init__(self, module: torch.nn.Module, call: Call, example: list[torch.Tensor]) -> None:
+    def __init__(self, module: torch.nn.Module, call: Call, example: list[torch.Tensor], world: Unseen) -> None:
         self.module = module
+        self.world = world
         self.call = call
         self.example = copies(example)
         self.used = copies(example)
@@ -104,18 +83,20 @@ class Reference:
 
     def _settled(self) -> tuple[dict[str, Any], Any]:
         """Run, once more if the first run changed the component (a lazily built table), until it changes no more."""
+        changed: list[str] = []
         for _ in range(3):  # another thread may be at it too
-            before = fingerprint(self.module)
+            before, reached = fingerprint(self.module), Reached(self.module)
             self.used = copies(self.example)
             self._versions = [_version(t) for t in self.used]
-            torch.manual_seed(0)
-            drawn = torch.get_rng_state()
+            seed_for_comparison()
+            drawn = drawn_states()
             values, result = self._run(self.used)
-            self.draws = not torch.equal(drawn, torch.get_rng_state())
-            after = fingerprint(self.module)
-            if after == before:
+            self.draws = not same_states(drawn, drawn_states())
+            after, changed = fingerprint(self.module), reached.changed()
+            if after == before and not changed:
                 return values, result
-        raise ChangesItself(f"every call changes the component: {difference(before, after)}")
+        what = difference(before, after) if after != before else ", ".join(changed[:3])
+        raise ChangesItself(f"every call changes the component: {what}")
 
     def _run(self, leaves: Sequence[torch.Tensor]) -> tuple[dict[str, Any], Any]:
         it = iter(leaves)
@@ -126,7 +107,8 @@ class Reference:
             return any(value is one for one in own)
 
         before = {name: containers.contents(value, is_leaf) for name, value in values.items()}
-        with ChangesWeights(self.module):
+        self.world.stand_ins.allow(leaves)
+        with self.world.stand_ins:
             result = self.module.forward(**values)
         for name, held in before.items():
             if not containers.same_contents(held, containers.contents(values[name], is_leaf)):
@@ -162,9 +144,9 @@ class Reference:
         """
         leaves = copies(self.example)
         tolerance = tolerances(self.module)
-        torch.manual_seed(0)
+        seed_for_comparison()
         with torch.no_grad():
-            results = graph.run(leaves)
+            results = graph.run_unseen(leaves)
         worst = 0.0
         # Leaves that the component wrote into (a static cache) are results too.
         for got, want in zip([*results, *leaves], [*self.tensors, *self.used], strict=True):
@@ -186,16 +168,17 @@ class Reference:
         """
         theirs, mine = copies(leaves), copies(leaves)
         names = [f"leaf {i}" for i in range(len(leaves))]
-        with comparable():
-            torch.manual_seed(0)
+        self.world.stand_ins.allow(theirs)
+        with comparable(), self.world.stand_ins:
+            seed_for_comparison()
             expected = numbered(self.traceable()(*theirs))
             cotangents = cotangents_of(expected)
             wanted = wanted_of(self.module, dict(zip(names, theirs, strict=True)))
             eager = gradients_of(expected, cotangents, wanted)
-        torch.manual_seed(0)
+        seed_for_comparison()
         wanted = wanted_of(self.module, dict(zip(names, mine, strict=True)))
         try:
-            found = gradients_of(numbered(graph.run(mine)), cotangents, wanted)
+            found = gradients_of(numbered(graph.run_unseen(mine)), cotangents, wanted)
         except RuntimeError as error:
             if self.call.mutable:
                 raise NotCompilable(
@@ -206,44 +189,6 @@ class Reference:
         reason = gradient_difference(found, eager, tolerances(self.module, GRADIENT_TOLERANCE))
         if reason:
             raise NotCompilable(f"of the compiled graph, {reason}")
-
-
-@contextmanager
-def preserved(module: torch.nn.Module) -> Iterator[None]:
-    """Inside the block, trial runs leave no trace: attributes, buffers and random numbers are as before after it."""
-    kept = [(t, t.detach().clone(), _version(t)) for t in compat.tensor_state(module)]
-    attributes = [(held, held.copy()) for held in _held(module)]
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            for held, before in attributes:
-                _restore(held, before)
-            with torch.no_grad():
-                for tensor, value, version in kept:
-                    if version is None or _version(tensor) != version:
-                        with torch.inference_mode(version is None):
-                            tensor.copy_(value)
-
-
-def _held(module: torch.nn.Module) -> list[Any]:
-    """Attribute dictionaries of all modules, and lists, dicts and sets in them."""
-    own = [m.__dict__ for m in module.modules()]
-    return own + [v for d in own for v in d.values() if isinstance(v, (dict, list, set))]
-
-
-def _restore(held: Any, before: Any) -> None:
-    """Give a container what it held before; one that did not change is not touched, others may be reading it."""
-    if isinstance(held, dict):
-        for name in [n for n in held if n not in before]:
-            del held[name]
-        for name, value in before.items():
-            if name not in held or held[name] is not value:
-                held[name] = value
-    elif len(held) != len(before) or any(a is not b for a, b in zip(held, before, strict=True)):
-        held.clear()
-        held.update(before) if isinstance(held, set) else held.extend(before)
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -26,7 +26,8 @@ from compile_policy.events import emit
 from compile_policy.failure import Failure, failure_of
 from compile_policy.options import RegionOptions as RegionOptions
 from compile_policy.plan import ComponentReport
-from compile_policy.proved import ProvedEntries
+from compile_policy.proof import Answer
+from compile_policy.proved import Misfit, ProvedEntries
 from compile_policy.reference import ChangesItself
 from compile_policy.sentinel import TOLERANCE as SENTINEL_TOLERANCE
 
@@ -96,9 +97,11 @@ class Region(ProvedEntries):
         try:
             form = None if self.forms is None else self.forms.form(args, kwargs)  # as given: binding fills lazy caches
             call = self.bind(args, kwargs)
-            entry = self.proved_entry(args, kwargs, call, form)
-            if sampled:
-                self._compare(args, kwargs, entry)
+            entry, answer = self.proved_entry(args, kwargs, call, form)
+            if answer is not None:
+                return self._given(answer, Misfit(answer.reason), call)
+            if sampled and (answer := self._compare(args, kwargs, entry)) is not None:
+                return self._given(answer, self._condemn(answer.reason) if answer.reason else None, call)
             result = self._guarded(entry, call)
         except NotCompilable as reason:
             why = reason
@@ -109,14 +112,30 @@ class Region(ProvedEntries):
             return result
         return self._eager(why, call, self.module.forward, *args, **kwargs)
 
-    def _compare(self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry) -> None:
-        """Compare a sampled call with eager; a component that is wrong once runs eager from then on."""
+    def _given(self, answer: Answer, why: NotCompilable | None, call: Call) -> Any:
+        """Hand on what eager answered to a call on which the entry was compared with it."""
+        if answer.reason and why is not None:
+            return self._eager(why, call, lambda: answer.result)
+        self.eager_calls += not answer.known
+        return answer.result
+
+    def _compare(self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry) -> Answer | None:
+        """A sampled call's own answer, compared with the entry's.
+
+        Raises:
+            NotCompilable: the entry is wrong, and the call has no answer yet.
+        """
         rows = None if self.forms is None else self.forms.form(args, kwargs)[1]
-        reason = self.misfit(args, kwargs, entry, rows, SENTINEL_TOLERANCE)
-        if reason:
-            self.condemned = f"the compiled graph is wrong: {reason}"
-            emit("sentinel", self.name, f"turned off: {reason}", reason=reason, calls=self.calls)
-            raise NotCompilable(self.condemned, remedy="Report the model and the versions; it runs eager until then.")
+        try:
+            return self.answer(args, kwargs, entry, rows, SENTINEL_TOLERANCE)
+        except Misfit as misfit:
+            raise self._condemn(misfit.difference) from misfit
+
+    def _condemn(self, difference: str) -> NotCompilable:
+        """Turn the component off: one that is wrong once runs eager from then on."""
+        self.condemned = f"the compiled graph is wrong: {difference}"
+        emit("sentinel", self.name, f"turned off: {difference}", reason=difference, calls=self.calls)
+        return NotCompilable(self.condemned, remedy="Report the model and the versions; it runs eager until then.")
 
     @staticmethod
     def _guarded(entry: Entry, call: Call) -> Any:

@@ -10,17 +10,19 @@ with the other layers left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from compile_policy import compat
 from compile_policy.example import copies
 from compile_policy.shadow import announced, layer_list, with_layers
 from compile_policy.shapes import Labels
 from compile_policy.tape import Call, Origin, Tape
+from compile_policy.tensors import tensors_of
+from compile_policy.unseen import Unseen
 
 #: Makes the function of the leaves that is traced, for a component or a stand-in.
 Remake = Callable[[torch.nn.Module], Callable[..., tuple[torch.Tensor, ...]]]
@@ -65,9 +67,16 @@ class Repeats:
 
 
 def repeats(
-    module: torch.nn.Module, remake: Remake, leaves: Sequence[torch.Tensor], labels: Sequence[Labels]
+    module: torch.nn.Module,
+    remake: Remake,
+    leaves: Sequence[torch.Tensor],
+    labels: Sequence[Labels],
+    world: Unseen | None = None,
 ) -> Repeats | None:
     """What need not be traced; ``None`` for a component without a list of layers.
+
+    Args:
+        world: takes what the runs write.
 
     Raises:
         NotRepeated: the list has to be traced as it is; the message says why.
@@ -76,11 +85,11 @@ def repeats(
     if path is None:
         return None
     layers = list(module.get_submodule(path).children())
-    tensors = {id(t): t for t in (*module.parameters(), *module.buffers(), *compat.loose_tensors(module))}
+    tensors = {id(t): t for _, t in tensors_of(module)}
     try:
-        full = _Run(module, path, layers, remake, leaves, labels, tensors)
+        full = _Run(module, path, layers, remake, leaves, labels, tensors, world)
         traced = full.needed()
-        short = _Run(module, path, layers[:traced], remake, leaves, labels, tensors)
+        short = _Run(module, path, layers[:traced], remake, leaves, labels, tensors, world)
     except NotRepeated:
         raise
     except Exception as error:  # the model does with its list what no stand-in can do
@@ -100,6 +109,7 @@ class _Run:
         leaves: Sequence[torch.Tensor],
         labels: Sequence[Labels],
         tensors: Mapping[int, torch.Tensor],
+        world: Unseen | None,
     ) -> None:
         self.path = path
         self.leaves, self.labels, self.tensors = leaves, labels, tensors
@@ -107,7 +117,9 @@ class _Run:
         tape = Tape(used, tensors.values())
         marked = [announced(x, partial(tape.mark, i), partial(tape.mark, i)) for i, x in enumerate(layers)]
         run = remake(with_layers(module, path, marked))
-        with tape:
+        if world is not None:
+            world.stand_ins.allow(used)
+        with nullcontext() if world is None else world.stand_ins, tape:
             results = run(*used)
         self.calls = tape.calls
         self.results = [tape.origin(r) for r in results]

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from compile_policy.tensors import OWN_ATTRIBUTES as _OWN
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _AS_THEY_ARE = frozenset((bool, int, str, bytes, type(None), torch.dtype, torch.device))
-_OWN = frozenset(torch.nn.Module().__dict__) | {"_compiled_call_impl"}
-_DEPTH = 3
+_DEPTH = 5
 #: The dicts in a module's own dict that a walk reads, and what it calls a tensor without tensors inside.
 READ_GROUPS = ("_parameters", "_buffers", "_modules", *_HOOKS, *_HOOK_FLAGS)
 ORDINARY = frozenset((torch.Tensor, torch.nn.Parameter, torch.nn.Buffer))

@@ -144,9 +144,9 @@ def test_the_callers_cache_and_random_state_are_untouched() -> None:
     held = copy.deepcopy(cache)
     state = torch.get_rng_state()
     kwargs = {"inputs_embeds": embeds[:, :1], "past_key_values": cache}
-    assert misfit(decoder, (), kwargs, lambda a, k: decoder.forward(*a, **k)) == ""
+    assert misfit(decoder, (), kwargs, lambda a, k, *_: decoder.forward(*a, **k)) == ""
     assert "differs from eager" in misfit(
-        decoder, (), kwargs, lambda a, k: decoder.forward(*a, **{**k, "inputs_embeds": k["inputs_embeds"] * 1.1})
+        decoder, (), kwargs, lambda a, k, *_: decoder.forward(*a, **{**k, "inputs_embeds": k["inputs_embeds"] * 1.1})
     )
     assert all(torch.equal(a.keys, b.keys) for a, b in zip(cache.layers, held.layers, strict=True))
     assert torch.equal(state, torch.get_rng_state())
@@ -161,7 +161,7 @@ def test_a_cache_that_would_be_left_wrong_is_seen() -> None:
         "past_key_values": DynamicCache(config=model.config),
     }
 
-    def run(args: Any, given: dict[str, Any]) -> Any:
+    def run(args: Any, given: dict[str, Any], *_: Any) -> Any:
         result = decoder.forward(*args, **given)
         given["past_key_values"].layers[0].keys.mul_(1.5)
         return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +15,10 @@ from compile_policy.configured import region_options
 from compile_policy.decorators import ClassPolicy, decorated, policy_of, use_config
 from compile_policy.errors import PolicyWarning
 from compile_policy.plan import Component, Plan
+from compile_policy.reach import register_reached, trust_folder
 from compile_policy.region import Binder, Region, region_of
 from compile_policy.saving import ignore_attributes
-from compile_policy_transformers import compat
+from compile_policy_transformers import attention, compat
 from compile_policy_transformers.audio import SoundBinder
 from compile_policy_transformers.canvas import CanvasBinder, reads_a_canvas
 from compile_policy_transformers.chains import as_chain, unchain
@@ -31,6 +33,8 @@ from compile_policy_transformers.stacks import is_stack
 from compile_policy_transformers.vision import EncoderBinder, is_grid_tower
 
 use_for_outputs()
+trust_folder(os.path.dirname(__file__))
+register_reached(attention.chosen_functions)
 # Where a checkpoint is from and what its classes are called: two checkpoints of one architecture run the same graph.
 ignore_attributes(
     PreTrainedConfig,

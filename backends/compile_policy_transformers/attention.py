@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import has_static_value
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from compile_policy.masked_attention import causal_mark, masked_attention
 
@@ -35,6 +36,15 @@ CAUSAL_ENCODER = f"{ENCODER}_causal"
 
 #: Implementations that compute what `dense_attention` computes; others are the user's choice and traced as they are.
 REPLACED = frozenset({"sdpa", "eager", None})
+
+
+def chosen_functions(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, function) of the attention, and of the masks for it, that configurations below ``module`` choose."""
+    for config in configs_below(module):
+        name = getattr(config, "_attn_implementation", None)
+        for kind, registry in (("attention", ALL_ATTENTION_FUNCTIONS), ("masks", ALL_MASK_ATTENTION_FUNCTIONS)):
+            if name in registry:
+                yield f"the {kind} {name!r}", registry[name]
 
 
 def dense_mask(*args: Any, **kwargs: Any) -> torch.Tensor:

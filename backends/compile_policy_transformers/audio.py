@@ -22,6 +22,7 @@ from compile_policy.example import Filler
 from compile_policy.proof import form_of
 from compile_policy.region import Bound
 from compile_policy.shapes import UNBACKED, Labels
+from compile_policy.unseen import probed
 from compile_policy_transformers import attention, compat
 from compile_policy_transformers.padding_caches import ARGUMENT, PaddingCaches
 from compile_policy_transformers.prologue import Prologue, layout_functions, learn
@@ -124,8 +125,7 @@ class SoundBinder:
     def _makes_cache(self, tower: nn.Module, call: Mapping[str, Any]) -> bool:
         if self.paddings.cls is None:
             return False
-        with torch.no_grad():
-            return self.paddings.made(tower.forward(**call))
+        return self.paddings.made(probed(tower, lambda: tower.forward(**call)))
 
     def _found_out(self, tower: nn.Module, values: Mapping[str, Any]) -> _Known:
         try:

@@ -11,12 +11,14 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from compile_policy.errors import NotCompilable
+from compile_policy.unseen import probed
 from compile_policy_transformers.cache_argument import cache_name
 
 States = tuple[torch.Tensor, torch.Tensor]
@@ -132,12 +134,14 @@ def _run(module: torch.nn.Module, values: Mapping[str, Any], token: dict[str, An
     cache, embeds = new(), values["inputs_embeds"]  # copied: some decoders add their positions in place
     name = cache_name(inspect.unwrap(type(module).forward))
     try:
-        made = {name: cache, "use_cache": True}
-        module.forward(inputs_embeds=embeds[:, :1].clone(), **token, **made)
+        call = {"inputs_embeds": embeds[:, :1].clone(), **token, name: cache, "use_cache": True}
+        probed(module, partial(module.forward, **call), gradients=True)
+    except NotCompilable:
+        raise
     except Exception:
         cache = new()
-        made = {name: cache, "use_cache": True}
-        module.forward(**{**values, "inputs_embeds": embeds.clone(), **made})
+        call = {**values, "inputs_embeds": embeds.clone(), name: cache, "use_cache": True}
+        probed(module, partial(module.forward, **call), gradients=True)
     return cache
 
 

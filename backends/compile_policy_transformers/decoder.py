@@ -21,6 +21,7 @@ from compile_policy.errors import NotCompilable
 from compile_policy.failure import place_in
 from compile_policy.proof import form_of
 from compile_policy.region import Bound
+from compile_policy.unseen import probed
 from compile_policy_transformers import (
     attention,
     cache_checks,
@@ -267,8 +268,7 @@ class DecoderBinder:
         cache = cache_layers.fresh_cache(self.config, call.get("encoder_hidden_states") is not None)
         values = {**call, self.cache_name: cache, "use_cache": True}
         self._own_names(values, by_ids=bool(self.by_ids))
-        with torch.no_grad():
-            module.forward(**values)
+        probed(module, lambda: module.forward(**values))
         own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         return cache_layers.layer_shapes(own, self.ids.first)
 

@@ -23,6 +23,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from compile_policy.errors import NotCompilable
+from compile_policy.unseen import probed
 from compile_policy_transformers.origins import Derived, origin
 
 #: Stands for every longest length: the varlen operator reads lengths from the tensor, a number would be a constant.
@@ -94,9 +95,14 @@ def learn(tower: torch.nn.Module, values: Mapping[str, Any]) -> Prologue:
     """
     seen: list[Step] = []
     reads = NumbersRead()
-    with _lock, _noting(tower, values, seen, reads), torch.no_grad(), reads:
+    with _lock, _noting(tower, values, seen, reads):
+
+        def run() -> None:
+            with reads:
+                tower.forward(**values)  # hooks of the tower itself run round the whole call
+
         try:
-            tower.forward(**values)  # hooks of the tower itself run round the whole call
+            probed(tower, run)
         except NotCompilable:
             raise
         except Exception:

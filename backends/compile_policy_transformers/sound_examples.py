@@ -10,6 +10,7 @@ from torch import nn
 
 from compile_policy.errors import NotCompilable
 from compile_policy.shapes import Labels
+from compile_policy.unseen import probed
 
 FRAMES = "frames"
 #: Lengths of packed pieces of an example, shorter than any chunk that towers cut; and of a second one, longer.
@@ -43,8 +44,9 @@ def sound_examples(
 
 def _runs(tower: nn.Module, call: Mapping[str, Any]) -> bool:
     try:
-        with torch.no_grad():
-            tower.forward(**call)
+        probed(tower, lambda: tower.forward(**call))
+    except NotCompilable:
+        raise
     except Exception:
         return False
     return True

@@ -21,6 +21,7 @@ from compile_policy.call_key import Call
 from compile_policy.entry import Entry
 from compile_policy.errors import NotCompilable
 from compile_policy.region import Bound
+from compile_policy.unseen import probed
 from compile_policy_transformers import attention, cache_layers, caches, compat
 from compile_policy_transformers.cache_masks import SLIDING, all_sliding, arranged
 from compile_policy_transformers.decoder import DecoderBinder
@@ -35,7 +36,13 @@ _COLLECTS = ("output_hidden_states", "output_attentions", "output_cross_attentio
 
 
 class SplitDecoderBinder(DecoderBinder):
-    """Binds calls of one decoder instance to the graph of its layers."""
+    """Binds calls of one decoder instance to the graph of its layers.
+
+    Attributes:
+        runs_parts: binding runs what comes before the layers, eager.
+    """
+
+    runs_parts = True
 
     def __init__(self, decoder: nn.Module, parts: Parts) -> None:
         super().__init__(decoder)
@@ -95,8 +102,7 @@ class SplitDecoderBinder(DecoderBinder):
             return super()._shapes_after(module, call)
         cache = cache_layers.fresh_cache(self.config, False)
         given = {name: value for name, value in call.items() if name != "inputs_embeds"}  # made of the tokens again
-        with torch.no_grad():
-            module.forward(**{**given, self.cache_name: cache, "use_cache": True})
+        probed(module, lambda: module.forward(**{**given, self.cache_name: cache, "use_cache": True}))
         return cache_layers.layer_shapes(cache)
 
     def _check(self, values: dict[str, Any]) -> None:

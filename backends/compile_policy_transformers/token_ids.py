@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from compile_policy.reference import preserved, relative_error
+from compile_policy.random_state import seed_for_comparison
+from compile_policy.reference import relative_error
+from compile_policy.unseen import probed
 from compile_policy_transformers.decoder_rules import DecoderRule
 from compile_policy_transformers.known_code import tree_of
 
@@ -126,12 +128,15 @@ def _run(decoder: Any, *, embedded: float) -> torch.Tensor | None:
     device = next(decoder.parameters()).device
     special = [value for name, value in vars(decoder.config).items() if name.endswith("_token_id")]  # such as padding
     ids = torch.tensor([[n for n in range(_SOME) if n not in special][:3]], device=device)
-    with torch.no_grad(), preserved(decoder):
+
+    def run() -> torch.Tensor | None:
         try:
-            torch.manual_seed(0)  # of dropout, while it is trained
+            seed_for_comparison()  # of dropout, while it is trained
             embeds = decoder.get_input_embeddings()(ids) * embedded if embedded else None
             call = {IDS: ids} if embeds is None else {"inputs_embeds": embeds}
             out: torch.Tensor = decoder.forward(**call, use_cache=False)[0]
         except Exception:
             return None
-    return out
+        return out
+
+    return probed(decoder, run)

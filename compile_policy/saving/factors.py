@@ -22,8 +22,9 @@ from compile_policy.saving.machine import inductor, machine, numerics, versions
 from compile_policy.saving.replicas import rank_factor
 from compile_policy.saving.sources import text_digest
 from compile_policy.saving.stable import Stable, digest
-from compile_policy.saving.structure import OWN, first_places, structure
+from compile_policy.saving.structure import first_places, structure
 from compile_policy.shapes import Labels, pattern
+from compile_policy.tensors import OWN_ATTRIBUTES
 
 #: Changes when files of an older form can no longer be read.
 FORMAT = 2
@@ -92,7 +93,7 @@ def _structure(module: torch.nn.Module, stable: Stable) -> dict[str, JSON]:
         }
     }
     for name, value in vars(module).items():
-        if name in OWN:
+        if name in OWN_ATTRIBUTES:
             continue
         if hasattr(value, "__dict__") and not isinstance(value, (torch.nn.Module, torch.Tensor, type, *_CALLABLE)):
             factors[name] = {field: _text(form) for field, form in stable.attributes(value)}

@@ -23,6 +23,7 @@ from compile_policy.program import Package, Program
 from compile_policy.saving.conditions import check_conditions
 from compile_policy.saving.stable import Stable
 from compile_policy.saving.structure import tensor_places
+from compile_policy.stand_ins import places_of, storages_of
 
 ENTRY, READABLE = "entry.json", "readable.json.z"
 
@@ -45,6 +46,7 @@ def to_files(entry: Entry, module: torch.nn.Module) -> dict[str, bytes]:
     check_conditions([*graph.accepts.conditions, *graph.accepts.passed_over])
     document = {
         "bound": [_bound(t, place_of) for t in graph.bound],
+        "changed": places_of(graph.bound, graph.written),
         "arguments": [_argument(a, place_of) for a in graph.arguments],
         "order": graph.order,
         "marks": sorted(graph.marks),
@@ -102,6 +104,7 @@ def from_files(files: Mapping[str, bytes], module: torch.nn.Module, call: Call) 
         bound=bound,
         order=[int(i) for i in document["order"]],
         marks=frozenset(map(int, document["marks"])),
+        written=storages_of([bound[i] for i in document["changed"]]),
     )
     leaves = tuple((str(kind), *rest) for kind, *rest in document["result"]["leaves"])
     output = OutputSpec(pytree.treespec_loads(document["result"]["tree"]), leaves)

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from compile_policy.saving.stable import Stable, Unstable
+from compile_policy.tensors import OWN_ATTRIBUTES, tensors_of
 
-OWN = frozenset(torch.nn.Module().__dict__) | {"_compiled_call_impl"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def tensor_places(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """place -> tensor: parameters, buffers, tensors in plain attributes, and in lists and dicts there.
+    """place -> tensor, for every tensor that belongs to the component (`tensors_of`).
 
     A tensor that stands in several places is listed under each.
     """
-    return dict(_tensors(module))
-
-
-def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for path, m in module.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        for group in (m._parameters, m._buffers):
-            yield from ((prefix + name, t) for name, t in sorted(group.items()) if t is not None)
-        for name, value in sorted((n, v) for n, v in m.__dict__.items() if n not in OWN):
-            if isinstance(value, torch.Tensor):
-                yield prefix + name, value
-            elif isinstance(value, (list, tuple, dict)):
-                items = value.items() if isinstance(value, dict) else enumerate(value)
-                inside = [(f"{prefix}{name}[{k!r}]", v) for k, v in items if isinstance(v, torch.Tensor)]
-                yield from sorted(inside, key=lambda item: item[0])
+    return dict(tensors_of(module))
 
 
 def first_places(module: torch.nn.Module) -> dict[int, str]:
@@ -40,7 +25,7 @@ def first_places(module: torch.nn.Module) -> dict[int, str]:
     places: dict[int, str] = {}
     for path, m in module.named_modules(remove_duplicate=False):
         places.setdefault(id(m), f"module {path}")
-    for path, t in _tensors(module):
+    for path, t in tensors_of(module):
         places.setdefault(id(t), f"tensor {path}")
     return places
 
@@ -62,7 +47,7 @@ def structure(module: torch.nn.Module, stable: Stable) -> dict[str, Any]:
 def _module(path: str, m: torch.nn.Module, stable: Stable, *, root: bool) -> list[Any]:
     try:
         hooks = [] if root else [stable(hook) for kind in _HOOKS for hook in m.__dict__[kind].values()]
-        attributes = stable.attributes(m, skip=OWN)
+        attributes = stable.attributes(m, skip=OWN_ATTRIBUTES)
     except Unstable as error:
         raise Unstable(f"the attribute {path or type(m).__name__}{error}") from None
     tensors = []
