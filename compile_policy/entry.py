@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from compile_policy.example import another_example, copies
 from compile_policy.lowering import Lowering
 from compile_policy.outputs import OutputSpec as OutputSpec
 from compile_policy.reference import TOLERANCE as TOLERANCE
-from compile_policy.reference import Reference
+from compile_policy.reference import Reference, run_of
 from compile_policy.reference import relative_error as relative_error
 from compile_policy.shapes import Labels
 from compile_policy.stand_ins import Substitutes
 from compile_policy.tensors import attribute_tensors
-from compile_policy.unseen import unseen
+from compile_policy.unseen import refuse_effects_of_layers, unseen
 
 
 class ExampleUnfit(NotCompilable):
@@ -131,6 +132,8 @@ def build_entry(
         Exception: what capture or lowering raised.
     """
     with unseen(module) as world:
+        if world.users:  # a trace comes before any run
+            refuse_effects_of_layers(partial(run_of, call), copies(example), module, world.users)
         try:
             reference = Reference(module, call, example, world)
         except NotCompilable:

@@ -10,6 +10,7 @@ import torch
 from compile_policy import containers
 from compile_policy.call_key import CONSTANTS, Call, adapted, collect_state, rebuild
 from compile_policy.compiled import CompiledGraph
+from compile_policy.effects import ChangesItself
 from compile_policy.errors import NotCompilable, first_line
 from compile_policy.example import copies
 from compile_policy.failure import place_in
@@ -25,7 +26,7 @@ from compile_policy.gradients import (
 )
 from compile_policy.random_state import drawn_states, same_states, seed_for_comparison
 from compile_policy.reach import Reached
-from compile_policy.unseen import Unseen
+from compile_policy.unseen import Unseen, refuse_effects
 
 #: Largest error of a compiled entry against eager on the example, relative to the largest value of the tensor.
 #: Fusion keeps intermediates in higher precision than eager does, so low precisions get room for a few roundings.
@@ -42,10 +43,6 @@ def tolerances(module: torch.nn.Module, table: Mapping[torch.dtype, float] = TOL
         for t in module.parameters()
     )
     return {dtype: max(error, QUANTIZED) for dtype, error in table.items()} if quantized else table
-
-
-class ChangesItself(NotCompilable):
-    """Every call changes the component's Python state, which a graph would not do."""
 
 
 class Reference:
@@ -92,7 +89,11 @@ class Reference:
             drawn = drawn_states()
             values, result = self._run(self.used)
             self.draws = not same_states(drawn, drawn_states())
-            after, changed = fingerprint(self.module), reached.changed()
+            after = fingerprint(self.module)
+            changed = reached.changed()
+            if changed and self.world.users:  # only where nothing is compiled, or in a layer that was not traced
+                refuse_effects(run_of(self.call, self.module), copies(self.example), self.module, self.world.users)
+                changed = []
             if after == before and not changed:
                 return values, result
         what = difference(before, after) if after != before else ", ".join(changed[:3])
@@ -189,6 +190,17 @@ class Reference:
         reason = gradient_difference(found, eager, tolerances(self.module, GRADIENT_TOLERANCE))
         if reason:
             raise NotCompilable(f"of the compiled graph, {reason}")
+
+
+def run_of(call: Call, module: torch.nn.Module) -> Callable[..., Any]:
+    """The component's forward as a function of the leaves of a call."""
+    spec, forward = call.spec, module.forward
+
+    def run(*leaves: torch.Tensor) -> Any:
+        it = iter(leaves)
+        return forward(**{name: rebuild(s, it) for name, s in spec})
+
+    return run
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

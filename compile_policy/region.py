@@ -6,6 +6,7 @@ A `Region` stands in front of one module instance. It never changes the module: 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from compile_policy.binder import FormBinder
 from compile_policy.binder import SignatureBinder as SignatureBinder
 from compile_policy.binder import StepBinder as StepBinder
 from compile_policy.call_key import Call, make_call
+from compile_policy.effects import ChangesItself
 from compile_policy.entries import PassingObstacle
 from compile_policy.entry import Entry
 from compile_policy.errors import NotCompilable, first_line
@@ -28,7 +30,6 @@ from compile_policy.options import RegionOptions as RegionOptions
 from compile_policy.plan import ComponentReport
 from compile_policy.proof import Answer
 from compile_policy.proved import Misfit, ProvedEntries
-from compile_policy.reference import ChangesItself
 from compile_policy.sentinel import TOLERANCE as SENTINEL_TOLERANCE
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
@@ -56,6 +57,7 @@ class Region(ProvedEntries):
         self.reason = reason
         self.condemned = self.options.unsupported  # or, later, what the sentinel found
         self.changes_itself: dict[bool, str] = {}  # by training flag
+        self._changed: Counter[bool] = Counter()  # calls that did, by training flag
         self.steps = binder if isinstance(binder, StepBinder) else None
         self.forms = binder if isinstance(binder, FormBinder) else None
         self.forced_eager = 0
@@ -182,7 +184,9 @@ class Region(ProvedEntries):
         self.eager_calls += 1
         result = run(*args, **kwargs)
         if isinstance(why, ChangesItself):  # its key would be another one at every call
-            self.changes_itself[self.module.training] = why.reason
+            self._changed[self.module.training] += 1
+            if why.always or self._changed[self.module.training] > 1:
+                self.changes_itself[self.module.training] = why.reason
         elif call is not None and not isinstance(why, PassingObstacle):
             self.refuse(call, why.reason)
         if self.fallback != why.reason:

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from compile_policy.tensors import OWN_ATTRIBUTES
+
 M = TypeVar("M", bound=torch.nn.Module)
 _FEWEST = 4  # layers that a list needs to be worth the trouble
 
@@ -51,6 +53,26 @@ def announced(layer: M, before: Callable[[], None], after: Callable[[], None]) -
 
     copy.__dict__["forward"] = announced_forward
     return copy
+
+
+def different_layers(layers: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The first of each kind of layer: same classes, same functions, same attributes but for whole numbers."""
+    first: dict[Any, torch.nn.Module] = {}
+    for layer in layers:
+        first.setdefault(tuple([_looks(m) for m in layer.modules()]), layer)
+    return list(first.values())
+
+
+def _looks(module: torch.nn.Module) -> tuple[Any, ...]:
+    own = [(name, _look(value)) for name, value in module.__dict__.items() if name not in OWN_ATTRIBUTES]
+    return (type(module), module.training, tuple(module._modules), tuple(own))
+
+
+def _look(value: Any) -> Any:
+    if isinstance(value, (str, bool, float, type(None))):
+        return value
+    function = getattr(value, "__func__", value)
+    return getattr(function, "__code__", type(value))
 
 
 def _copied(module: M) -> M:

@@ -8,15 +8,17 @@ before the first run what the code does (`effects`), and a component with such a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from compile_policy.errors import NotCompilable
+from compile_policy.effects import ChangesItself, effects_of
+from compile_policy.errors import NotCompilable, first_line
 from compile_policy.random_state import kept_random_state
 from compile_policy.reach import Reached
+from compile_policy.shadow import different_layers, layer_list, with_layers
 from compile_policy.stand_ins import StandIns
 from compile_policy.walk import hooked_below
 
@@ -67,6 +69,54 @@ def refuse_hooks(module: torch.nn.Module) -> None:
         raise NotCompilable(f"{hooked} has a hook", remedy="Remove the hook to have the component compiled.")
 
 
+def refuse_effects(
+    run: Callable[..., Any], leaves: Sequence[torch.Tensor], module: torch.nn.Module, users: str
+) -> None:
+    """Raises NotCompilable when a run of code of the user's may leave something behind.
+
+    Args:
+        users: where that code was found.
+    """
+    try:
+        found = effects_of(run, leaves, module)
+    except NotCompilable:
+        raise
+    except Exception as error:
+        raise NotCompilable(
+            f"{users} is code of your own, and what a trial run would leave behind is not known: {first_line(error)}",
+            remedy="Write it so that it can be traced, or decorate a part that can.",
+        ) from error
+    if found:
+        raise ChangesItself(f"{users} {found[0]}, which a graph would not do", always=False)
+
+
+def refuse_effects_of_layers(
+    remake: Callable[[torch.nn.Module], Callable[..., Any]],
+    leaves: Sequence[torch.Tensor],
+    module: torch.nn.Module,
+    users: str,
+) -> None:
+    """`refuse_effects` for a component, of which one layer of each kind is traced where it runs with so few.
+
+    Args:
+        remake: makes the run of a stand-in for the component.
+    """
+    path = layer_list(module)
+    if path is not None:
+        layers = list(module.get_submodule(path).children())
+        few = different_layers(layers)
+        try:
+            refuse_effects(remake(with_layers(module, path, few)), leaves, module, users)
+        except ChangesItself:
+            raise
+        except NotCompilable:  # it does not run with fewer layers
+            if len(few) == len(layers):
+                raise
+        else:
+            return
+    refuse_effects(remake(module), leaves, module, users)
+
+
 def probed(
     module: torch.nn.Module, run: Callable[[], R], own: Iterable[torch.Tensor] = (), *, gradients: bool = False
 ) -> R:
@@ -81,5 +131,7 @@ def probed(
     """
     with unseen(module) as made:
         made.stand_ins.allow(own)
+        if made.users:
+            refuse_effects(run, (), module, made.users)
         with made.stand_ins, torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
             return run()
