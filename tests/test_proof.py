@@ -14,6 +14,7 @@ from compile_policy.applied import regions
 from compile_policy.errors import PolicyWarning
 from compile_policy.proof import form_of, misfit
 from compile_policy_transformers import tiny_inputs, tiny_model
+from compile_policy_transformers.cache_argument import cache_name
 from compile_policy_transformers.components import qualname
 
 
@@ -140,10 +141,10 @@ def test_the_callers_cache_and_random_state_are_untouched() -> None:
     decoder = model.model
     cache = DynamicCache(config=model.config)
     embeds = torch.randn(2, 5, model.config.hidden_size)
-    decoder(inputs_embeds=embeds, past_key_values=cache)
+    decoder(inputs_embeds=embeds, **{cache_name(decoder.forward): cache})
     held = copy.deepcopy(cache)
     state = torch.get_rng_state()
-    kwargs = {"inputs_embeds": embeds[:, :1], "past_key_values": cache}
+    kwargs = {"inputs_embeds": embeds[:, :1], cache_name(decoder.forward): cache}
     assert misfit(decoder, (), kwargs, lambda a, k, *_: decoder.forward(*a, **k)) == ""
     assert "differs from eager" in misfit(
         decoder, (), kwargs, lambda a, k, *_: decoder.forward(*a, **{**k, "inputs_embeds": k["inputs_embeds"] * 1.1})
@@ -158,12 +159,12 @@ def test_a_cache_that_would_be_left_wrong_is_seen() -> None:
     decoder = model.model
     kwargs = {
         "inputs_embeds": torch.randn(1, 3, model.config.hidden_size),
-        "past_key_values": DynamicCache(config=model.config),
+        cache_name(decoder.forward): DynamicCache(config=model.config),
     }
 
     def run(args: Any, given: dict[str, Any], *_: Any) -> Any:
         result = decoder.forward(*args, **given)
-        given["past_key_values"].layers[0].keys.mul_(1.5)
+        given[cache_name(decoder.forward)].layers[0].keys.mul_(1.5)
         return result
 
     assert "keys" in misfit(decoder, (), kwargs, run)
