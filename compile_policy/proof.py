@@ -28,8 +28,8 @@ from compile_policy.gradients import (
     gradients_of,
     wanted_of,
 )
-from compile_policy.reference import TOLERANCE, relative_error, tolerances
 from compile_policy.random_state import drawn_states, same_states, seed_for_comparison
+from compile_policy.reference import TOLERANCE, relative_error, tolerances
 from compile_policy.stand_ins import Substitutes
 from compile_policy.unseen import Unseen, refuse_hooks, unseen
 
