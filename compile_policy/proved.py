@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,23 +71,24 @@ class ProvedEntries(Entries):
             if form is None and not sizes:
                 return entry, None
             return entry, self._prove(args, kwargs, entry, (kind, sizes) if sizes else kind, rows)
-        answer: Answer | None = None
-        try:
-            answer = self._prove(args, kwargs, entry, (kind, unlike, sizes) if sizes else (kind, unlike), rows)
-            misfits = answer is not None and bool(answer.reason)
-        except PassingObstacle:
-            misfits = True
-        if not misfits:
-            return entry, answer
-        if self.shelf is not None:  # where the entry would be found again as it was
-            self.shelf.note_minded(entry, unlike)
-        entry.graph.accepts = entry.graph.accepts.minding(unlike)
-        if answer is not None:  # the next call of this kind finds another entry
-            return entry, replace(answer, reason="")
-        return self.proved_entry(args, kwargs, call, form)
+        form_of_sizes = (kind, unlike, sizes) if sizes else (kind, unlike)
+        try:  # on copies: where the graph does not hold for these sizes, another one is compared next
+            return entry, self._prove(args, kwargs, entry, form_of_sizes, rows, on_copies=True)
+        except Misfit:
+            if self.shelf is not None:  # where the entry would be found again as it was
+                self.shelf.note_minded(entry, unlike)
+            entry.graph.accepts = entry.graph.accepts.minding(unlike)
+            return self.proved_entry(args, kwargs, call, form)
 
     def _prove(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry, form: Hashable, rows: torch.Tensor | None
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        entry: Entry,
+        form: Hashable,
+        rows: torch.Tensor | None,
+        *,
+        on_copies: bool = False,
     ) -> Answer | None:
         """The component's own answer to the first call of a form; none for a form that was looked at before."""
         place = (entry.number, form)
@@ -99,7 +99,7 @@ class ProvedEntries(Entries):
                 raise Misfit(self.proved[place])
             return None
         try:
-            answer = self.answer(args, kwargs, entry, rows, TOLERANCE)
+            answer = self.answer(args, kwargs, entry, rows, TOLERANCE, on_copies=on_copies)
         except Misfit as misfits:
             self.proved[place] = misfits.difference
             raise
@@ -118,6 +118,8 @@ class ProvedEntries(Entries):
         entry: Entry,
         rows: torch.Tensor | None,
         tolerance: Mapping[torch.dtype, float],
+        *,
+        on_copies: bool = False,
     ) -> Answer | None:
         """The component's own answer to a call that is compared with the entry.
 
@@ -125,12 +127,15 @@ class ProvedEntries(Entries):
         counts, as activation checkpointing does, must take the same road when it is repeated; and where binding runs
         a part of the component, that part has run by now.
 
+        Args:
+            on_copies: in any case.
+
         Raises:
             Misfit: the entry does not fit, and nothing has answered yet.
             PassingObstacle: there is no memory to tell.
         """
         run = self._run_copies(entry)
-        answers = not (compat.saves_tensors_for_others() or self._runs_parts)
+        answers = not (on_copies or compat.saves_tensors_for_others() or self._runs_parts)
         gradients = entry.wants_gradients
         if answers and not gradients:
             return answered(self.module, args, kwargs, run, entry, rows, tolerance)
