@@ -7,14 +7,15 @@ A step is forward, backward and SGD on one batch. Every contender has its own co
 batches; rounds are interleaved, so that a machine that slows down slows all of them. A first pass over 12 batches of
 mixed sizes compiles whatever a contender compiles, with an evaluation after every third, and counts the graphs; it is
 not timed. Each case (full fine-tuning or LoRA, with checkpointing or without) is measured in a process of its own, and
-so is the peak of memory of each contender: the highest resident size that the kernel has seen, less that of the
-process before the first step.
+so is the peak of memory of each contender: the highest resident size that the kernel sees, less that before the step.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
+import gc
 import json
 import os
 import statistics
@@ -190,13 +191,16 @@ def measure(case: str, layers: int, hidden: int, rounds: int, ways: list[str]) -
 
 
 def peak(case: str, layers: int, hidden: int, way: str) -> float:
-    """MiB that two steps of the largest batch need beyond the model and its gradients, once everything is compiled.
+    """MiB that two steps of the largest batch need beyond what is there between steps, once everything is compiled.
 
-    The kernel's mark is put back before the steps, so that what compiling needed does not count.
+    Freed memory goes back to the system and the kernel's mark is put back before the steps, so that what compiling
+    needed does not count.
     """
     one = contender(way, build(layers, hidden, **CASES[case]))
     for shape in (*MIXED[:2], SHAPES[1], SHAPES[1]):
         step(one, batch(*shape))
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as marks:
         marks.write("5")
     before = _resident("VmRSS")
