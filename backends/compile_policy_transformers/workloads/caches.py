@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, StaticCache
 
+from compile_policy_transformers.cache_argument import CACHE
 from compile_policy_transformers.tiny import tiny_model
 from compile_policy_transformers.workloads.batches import Batch, generate, llama, prompts, text
 from compile_policy_transformers.workloads.workload import Trial, Workload
@@ -61,7 +62,7 @@ def continued(trial: Trial) -> None:
     cache: Any = DynamicCache(config=model.config)
     ids = text(1, 7)
     for question in (text(1, 4, 1), text(1, 3, 2)):
-        found = generate(trial, model, {"input_ids": ids}, past_key_values=cache)
+        found = generate(trial, model, {"input_ids": ids}, **{CACHE: cache})
         if trial.mistaken:
             cache.layers[0].keys.zero_()
         ids = torch.cat([found.sequences, question], dim=1)
@@ -72,10 +73,10 @@ def cropped(trial: Trial) -> None:
     """Steps are taken back, as in speculative decoding by hand."""
     model = trial.compiled(llama())
     cache: Any = DynamicCache(config=model.config)
-    trial.keep("logits", model(text(2, 9), past_key_values=cache).logits)
+    trial.keep("logits", model(text(2, 9), **{CACHE: cache}).logits)
     for steps in (3, 2):
         cache.crop(-steps - trial.mistaken)
-        trial.keep("logits", model(text(2, 4, steps), past_key_values=cache).logits[:, -1])
+        trial.keep("logits", model(text(2, 4, steps), **{CACHE: cache}).logits[:, -1])
 
 
 @torch.no_grad()
@@ -88,7 +89,7 @@ def chunked(trial: Trial) -> None:
         seen = 0
         for piece in ids.tensor_split(3, dim=1)[trial.mistaken :]:
             places = torch.arange(seen, seen + piece.shape[1])[None]
-            logits = model(piece, past_key_values=cache, position_ids=places).logits
+            logits = model(piece, position_ids=places, **{CACHE: cache}).logits
             seen += piece.shape[1]
         trial.keep("logits", logits)
 
@@ -99,11 +100,11 @@ def shared_prefix(trial: Trial) -> None:
     model = trial.compiled(llama())
     prefix: Any = DynamicCache(config=model.config)
     head = text(1, 8)
-    model(head, past_key_values=prefix)
+    model(head, **{CACHE: prefix})
     for seed, tokens in enumerate((3, 5)):
         cache = prefix if trial.mistaken else copy.deepcopy(prefix)
         ids = torch.cat([head, text(1, tokens, seed)], dim=1)
-        found: Batch = {"input_ids": ids, "past_key_values": cache}
+        found: Batch = {"input_ids": ids, CACHE: cache}
         if trial.mistaken:
             cache.layers[0].values.mul_(0.5)
         generate(trial, model, found)

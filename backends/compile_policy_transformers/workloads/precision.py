@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from compile_policy_transformers.cache_argument import CACHE
 from compile_policy_transformers.workloads.batches import (
     SHAPES,
     batch,
@@ -75,7 +76,7 @@ def bf16_inference(trial: Trial) -> None:
         mask = torch.cat([inputs["attention_mask"], inputs["attention_mask"][:, :1] * 0 + 1], dim=1)
         if trial.mistaken:
             mask[:, :-1] = 0
-        later = model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=first.past_key_values)
+        later = model(input_ids=ids[:, :1], attention_mask=mask, **{CACHE: first[CACHE]})
         trial.keep("logits", later.logits)
 
 
