@@ -18,6 +18,7 @@ import torch
 
 from compile_policy import captured, compat
 from compile_policy.blocks import BlockSummary, Piece, divide, whole
+from compile_policy.compat_backward import EAGER_RANDOM
 from compile_policy.compat_compiler import own_cache
 from compile_policy.compat_fakes import with_own_sizes
 from compile_policy.program import Package, Program, Segment, Special
@@ -175,7 +176,7 @@ def compile_hello() -> None:
 
 def make_package(gm: torch.fx.GraphModule, *, autotune: bool = False) -> Package:
     """Compile ``gm``, whose inputs are all tensors, with the options that its ``meta`` asks for; load the package."""
-    options = {**_OPTIONS, **gm.meta.get(OPTIONS, {}), **({"max_autotune": True} if autotune else {})}
+    options = {**_OPTIONS, **EAGER_RANDOM, **gm.meta.get(OPTIONS, {}), **({"max_autotune": True} if autotune else {})}
     with tempfile.TemporaryDirectory(prefix="compile_policy_") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own pickling of its tree specs
         path = Path(folder) / "graph.pt2"

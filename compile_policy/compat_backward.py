@@ -25,6 +25,9 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 #: no size is 0 or 1. Nothing reads it.
 _MARK = {"aot_inductor.metadata": {"compile_policy": "sizes of 0 and 1 are not excluded"}}
 
+#: Random numbers come from eager's operators, in their order: the same seed draws the same dropout masks.
+EAGER_RANDOM = {"fallback_random": True}
+
 #: A backward may run twice: ``loss.backward(retain_graph=True)``.
 _FUNCTORCH = {"donated_buffer": False}
 
@@ -37,10 +40,11 @@ def any_size() -> Any:
 def inductor_jit(gm: torch.fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any]) -> Callable[..., Any]:
     """Compile a captured graph, and its backward where gradients are wanted, inside its capture."""
     compile_inner = _CompileInner()
+    patches = {**_MARK, **EAGER_RANDOM, **options}
     with any_size(), functorch_config.patch(_FUNCTORCH):
         compile_inner.capturing = True
         try:
-            code: Any = compile_fx(gm, list(inputs), inner_compile=compile_inner, config_patches={**_MARK, **options})
+            code: Any = compile_fx(gm, list(inputs), inner_compile=compile_inner, config_patches=patches)
         finally:
             compile_inner.capturing = False
     compiled: Callable[..., Any] = code
@@ -58,6 +62,20 @@ class _CompileInner:
         if self.capturing:  # the patch round the capture gives the setting back
             fx_config.backed_size_oblivious = False
         return code
+
+
+def keep_checkpoints(gm: torch.fx.GraphModule) -> None:
+    """Make checkpoints of a graph that runs as it was captured those of eager.
+
+    Dynamo's operator for them leaves random numbers and autocast to the compiler behind it: run as it is, a part that
+    is computed again draws other dropout masks, and multiplies in another precision.
+    """
+    for module in [m for m in gm.modules() if isinstance(m, torch.fx.GraphModule)]:
+        for node in module.graph.nodes:
+            if node.target is torch.ops.higher_order.tag_activation_checkpoint:
+                node.target = torch_checkpoint.checkpoint
+                node.kwargs = {**node.kwargs, "use_reentrant": False}
+        module.recompile()
 
 
 @contextmanager

@@ -33,3 +33,17 @@ def float32_precisions() -> tuple[str, ...]:
     if _newer is None:
         return (_older(), str(torch._C._get_cublas_allow_tf32()), str(torch._C._get_cudnn_allow_tf32()))
     return tuple([_newer(backend, op) for backend, op in _OPERATIONS])
+
+
+def product_dtypes() -> set[torch.dtype]:
+    """Dtypes as exact as float32 products where the user allows less than float32; TF32 keeps ten bits, as float16."""
+    given = matmul_precision()
+    if not isinstance(given, str):
+        matmul = [i for i, (_, operation) in enumerate(_OPERATIONS) if operation == "matmul"]
+        given = " ".join([given[i] for i in matmul])
+    found = set()
+    if "bf16" in given or given == "medium":
+        found.add(torch.bfloat16)
+    if "tf32" in given or given == "high":
+        found.add(torch.float16)
+    return found

@@ -15,7 +15,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from compile_policy.ahead import Sizes, can_lower_ahead, lower_ahead, make_package
 from compile_policy.blocks import BlockSummary
-from compile_policy.compat_backward import inductor_jit
+from compile_policy.compat_backward import inductor_jit, keep_checkpoints
 from compile_policy.program import Program
 
 
@@ -62,6 +62,8 @@ class InductorJit:
         self.autotune = autotune
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        if self.backend == "eager":
+            keep_checkpoints(gm)
         if self.backend != "inductor":
             return lookup_backend(self.backend)(gm, list(inputs))
         return inductor_jit(gm, inputs, {"max_autotune": True} if self.autotune else {})

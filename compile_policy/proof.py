@@ -33,6 +33,7 @@ from compile_policy.reference import TOLERANCE, relative_error, tolerances
 from compile_policy.stand_ins import Substitutes
 from compile_policy.unseen import Unseen, refuse_hooks, unseen
 
+OTHER_NUMBERS = "it draws other random numbers than eager"
 _DEPTH = 6
 _NO_MEMORY = (torch.OutOfMemoryError, MemoryError)
 #: Runs a call through the graph, given positional and keyword arguments, the `Unseen` and the `Substitutes`.
@@ -80,7 +81,7 @@ def answered(
 ) -> Answer:
     """The caller's call answered by the module's own forward, and compared with ``run`` on copies of it.
 
-    A call that draws random numbers is not compared.
+    Both begin with the caller's random state, and draw the same numbers from it.
 
     Args:
         run: the call through the graph; it is given copies, what takes writes, and where to keep what the graph writes.
@@ -95,19 +96,22 @@ def answered(
     mine = got = None
     failed = ""
     known = True
+    drawn: tuple[Any, ...] = ()
     try:
         with unseen(module) as world, torch.no_grad():
             mine = _copied((args, dict(kwargs)))
             world.stand_ins.allow(tensor for _, tensor in _tensors(mine))
             got = run(*mine, world, written)
+            drawn = drawn_states()
     except _NO_MEMORY:
         mine, got, known = None, None, False
     except Exception as error:
         failed = f"it fails with {first_line(error)}"
-    before = drawn_states()
     result = module.forward(*args, **kwargs)
-    if failed or not known or not same_states(before, drawn_states()):
+    if failed or not known:
         return Answer(result, failed, known)
+    if not same_states(drawn, drawn_states()):
+        return Answer(result, OTHER_NUMBERS)
     try:
         reason = _compared(got, result, mine, (args, kwargs), rows, tolerances(module, tolerance))
         return Answer(result, reason or _state_differs(entry, written, tolerance))
@@ -128,8 +132,8 @@ def misfit(
 ) -> str:
     """How ``run`` differs from the module's own forward, in words; empty when it doesn't. Both run on copies.
 
-    For a call that eager must not answer itself. One on which eager fails is not compared: it is the caller's to hear
-    of; nor is one that draws random numbers.
+    For a call that eager must not answer itself. Both begin with the same random state. A call on which eager fails is
+    not compared: it is the caller's to hear of.
 
     Args:
         gradients: compare the gradients of parameters and of tensors of the call too.
@@ -143,7 +147,6 @@ def misfit(
             theirs, mine = _copied((args, dict(kwargs))), _copied((args, dict(kwargs)))
             world.stand_ins.allow(tensor for _, tensor in _tensors((theirs, mine)))
             seed_for_comparison()
-            before = drawn_states()
             try:
                 with world.stand_ins:
                     expected = module.forward(*theirs[0], **theirs[1])
@@ -151,15 +154,17 @@ def misfit(
                 raise
             except Exception:
                 return ""
-            if not same_states(before, drawn_states()):
-                return ""
+            drawn = drawn_states()
+            seed_for_comparison()
             try:
                 got = run(*mine, world, Substitutes(written))
             except _NO_MEMORY:
                 raise
             except Exception as error:
                 return f"it fails with {first_line(error)}"
+            same = same_states(drawn, drawn_states())
             reason = _compared(got, expected, mine, theirs, rows, tolerances(module, tolerance))
+            reason = reason or ("" if same else OTHER_NUMBERS)
             if not reason and gradients:
                 reason = _other_gradients(
                     module, (dict(_tensors(got)), mine), (dict(_tensors(expected)), theirs), rows, world

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from compile_policy import containers
+from compile_policy import compat, compat_precision, containers
 from compile_policy.call_key import CONSTANTS, Call, adapted, collect_state, rebuild
 from compile_policy.compiled import CompiledGraph
 from compile_policy.effects import ChangesItself
@@ -37,12 +37,24 @@ QUANTIZED = 5e-2
 
 
 def tolerances(module: torch.nn.Module, table: Mapping[torch.dtype, float] = TOLERANCE) -> Mapping[torch.dtype, float]:
-    """Accepted errors by dtype, wider where the weights are quantized: tensors of another class, or whole numbers."""
+    """Accepted errors by dtype: never less than for the precision that products are computed in, whatever dtype their
+    sums are given back in, and wider where the weights are quantized: tensors of another class, or whole numbers."""
+    least = table.get(product_dtype(module), 0.0)
+    table = {dtype: max(error, least) for dtype, error in table.items()}
     quantized = any(
         type(t) not in (torch.nn.Parameter, torch.Tensor) or (t.dtype.itemsize == 1 and t.dtype is not torch.bool)
         for t in module.parameters()
     )
     return {dtype: max(error, QUANTIZED) for dtype, error in table.items()} if quantized else table
+
+
+def product_dtype(module: torch.nn.Module) -> torch.dtype:
+    """The least precise dtype of matrix products: that of autocast, of float32 products, or of weights."""
+    found = {p.dtype for p in module.parameters() if p.dim() > 1 and p.is_floating_point()}
+    found |= {dtype for _, dtype in compat.autocast_state()}
+    found |= compat_precision.product_dtypes()
+    known = [dtype for dtype in found if dtype in TOLERANCE]
+    return max(known, key=TOLERANCE.__getitem__, default=torch.float32)
 
 
 class Reference:
@@ -63,7 +75,7 @@ class Reference:
         self.call = call
         self.example = copies(example)
         self.used = copies(example)
-        self.draws = False
+        self.drawn: tuple[Any, ...] = ()
         values, result = self._settled()
         mine = [v for name, spec in call.spec for _, _, v in adapted(spec, values[name])]
         mine += [v for v in values.values() if not isinstance(v, (torch.Tensor, *CONSTANTS))]
@@ -86,9 +98,8 @@ class Reference:
             self.used = copies(self.example)
             self._versions = [_version(t) for t in self.used]
             seed_for_comparison()
-            drawn = drawn_states()
             values, result = self._run(self.used)
-            self.draws = not same_states(drawn, drawn_states())
+            self.drawn = drawn_states()
             after = fingerprint(self.module)
             changed = reached.changed()
             if changed and self.world.users:  # only where nothing is compiled, or in a layer that was not traced
@@ -154,8 +165,9 @@ class Reference:
             error = relative_error(got, want)
             worst = max(worst, error)
             if error > tolerance.get(want.dtype, 0.0):
-                random = ", and it draws random numbers, which a compiled graph draws otherwise" if self.draws else ""
-                raise NotCompilable(f"the compiled graph differs from eager by {error:.2g}{random}")
+                raise NotCompilable(f"the compiled graph differs from eager by {error:.2g}")
+        if not same_states(drawn_states(), self.drawn):
+            raise NotCompilable("the compiled graph draws other random numbers than eager")
         return worst
 
     def check_gradients(self, graph: CompiledGraph, leaves: Sequence[torch.Tensor]) -> None:

@@ -21,6 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirection
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from compile_policy.masked_attention import causal_mark, masked_attention
+from compile_policy_transformers.packed_attention import varlen_attention as varlen_attention
 
 DECODER = "compile_policy"
 ADDITIVE = "compile_policy_additive"
@@ -209,52 +210,6 @@ def _explicit(
     return weights.to(value.dtype) @ value
 
 
-@torch.library.custom_op("compile_policy::varlen_attention", mutates_args=())
-def varlen_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Attention inside each packed sequence, without a mask over all pairs.
-
-    Args:
-        query: (1, heads, tokens, head dim); ``key`` and ``value`` may have fewer heads.
-        cu_seqlens: (sequences + 1,) cumulative lengths, from 0 to ``tokens``.
-
-    Returns:
-        (1, tokens, heads, head dim).
-
-    Neighbouring sequences of one length (windows, images of one size) are computed as one batch.
-    """
-    _, heads, tokens, _ = query.shape
-    out = query.new_empty(1, tokens, heads, value.shape[-1])
-    bounds = cu_seqlens.tolist()
-    start = 0
-    while start < len(bounds) - 1:
-        length = bounds[start + 1] - bounds[start]
-        stop = start + 1
-        while stop < len(bounds) - 1 and bounds[stop + 1] - bounds[stop] == length:
-            stop += 1
-        if length:
-            part = slice(bounds[start], bounds[stop])
-            q, k, v = (_batched(x[:, :, part], stop - start, length) for x in (query, key, value))
-            o = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-            out[0, part] = o.transpose(1, 2).reshape(-1, heads, value.shape[-1])
-        start = stop
-    return out
-
-
-def _batched(x: torch.Tensor, count: int, length: int) -> torch.Tensor:
-    """(1, heads, count * length, dim) -> (count, heads, length, dim)."""
-    split: torch.Tensor = x[0].unflatten(1, (count, length))
-    return split.transpose(0, 1)
-
-
-@varlen_attention.register_fake
-def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
-) -> torch.Tensor:
-    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-
-
 def encoder_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -268,6 +223,8 @@ def encoder_attention(
     """Attention of an encoder: packed sequences when lengths are given, else `dense_attention`."""
     if cu_seq_lens_q is None:
         return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if kwargs.get("dropout"):
+        raise ValueError("packed attention has no dropout")  # while traced: the tower runs eager, with this reason
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return varlen_attention(query, key, value, cu_seq_lens_q, scale), None
 

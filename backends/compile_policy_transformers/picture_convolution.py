@@ -12,11 +12,13 @@ eager. Nothing of Transformers is changed. Drop this once the stock layers take 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from compile_policy_transformers import releases
 from compile_policy_transformers.known_code import fingerprint
@@ -38,21 +40,76 @@ def convolve_pictures(states: torch.Tensor, weight: torch.Tensor, grid: torch.Te
         In the shape of ``states``.
     """
     out = torch.empty_like(states)
-    start, channels = 0, states.shape[1]
+    for part, shape in _frames(grid):
+        rows = F.conv2d(_rows(states[part], shape, merge), weight, **_how(weight))
+        out[part] = _patches(rows, merge)
+    return out
+
+
+def _frames(grid: torch.Tensor) -> Iterator[tuple[slice, tuple[int, int, int]]]:
+    """(patches, (frames, height, width)) of each picture."""
+    start = 0
     for frames, height, width in grid.tolist():
         stop = start + frames * height * width
-        squares = states[start:stop].view(frames, height // merge, width // merge, merge, merge, channels)
-        rows = squares.permute(0, 5, 1, 3, 2, 4).reshape(frames, channels, height, width)
-        rows = F.conv2d(rows, weight, padding=weight.shape[-1] // 2, groups=channels)
-        squares = rows.view(frames, channels, height // merge, merge, width // merge, merge)
-        out[start:stop] = squares.permute(0, 2, 4, 3, 5, 1).reshape(stop - start, channels)
+        yield slice(start, stop), (frames, height, width)
         start = stop
-    return out
+
+
+def _rows(patches: torch.Tensor, shape: tuple[int, int, int], merge: int) -> torch.Tensor:
+    """Squares of patches -> (frames, channels, height, width)."""
+    frames, height, width = shape
+    channels = patches.shape[1]
+    squares = patches.reshape(frames, height // merge, width // merge, merge, merge, channels)
+    return squares.permute(0, 5, 1, 3, 2, 4).reshape(frames, channels, height, width)
+
+
+def _patches(rows: torch.Tensor, merge: int) -> torch.Tensor:
+    """(frames, channels, height, width) -> squares of patches."""
+    frames, channels, height, width = rows.shape
+    squares = rows.reshape(frames, channels, height // merge, merge, width // merge, merge)
+    return squares.permute(0, 2, 4, 3, 5, 1).reshape(frames * height * width, channels)
+
+
+def _how(weight: torch.Tensor) -> dict[str, Any]:
+    return {"padding": weight.shape[-1] // 2, "groups": weight.shape[0]}
 
 
 @convolve_pictures.register_fake
 def _(states: torch.Tensor, weight: torch.Tensor, grid: torch.Tensor, merge: int) -> torch.Tensor:
     return torch.empty_like(states)
+
+
+@torch.library.custom_op("compile_policy::convolve_pictures_backward", mutates_args=())
+def convolve_pictures_backward(
+    grad: torch.Tensor, states: torch.Tensor, weight: torch.Tensor, grid: torch.Tensor, merge: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of states and weight, in their shapes; ``grad`` is that of the result of `convolve_pictures`."""
+    of_states, of_weight = torch.empty_like(states), torch.zeros_like(weight)
+    for part, shape in _frames(grid):
+        rows, outer = _rows(states[part], shape, merge), _rows(grad[part], shape, merge)
+        of_rows = conv2d_input(rows.shape, weight, outer, **_how(weight))
+        of_states[part] = _patches(of_rows, merge)
+        of_weight += conv2d_weight(rows, weight.shape, outer, **_how(weight))
+    return of_states, of_weight
+
+
+@convolve_pictures_backward.register_fake
+def _(
+    grad: torch.Tensor, states: torch.Tensor, weight: torch.Tensor, grid: torch.Tensor, merge: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(states), torch.empty_like(weight)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    states, weight, grid, ctx.merge = inputs
+    ctx.save_for_backward(states, weight, grid)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    return (*convolve_pictures_backward(grad, *ctx.saved_tensors, ctx.merge), None, None)
+
+
+convolve_pictures.register_autograd(_backward, setup_context=_keep)
 
 
 def _forward(self: Any, hidden_states: torch.Tensor, grid_thw: Any, **kwargs: Any) -> torch.Tensor:
