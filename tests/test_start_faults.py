@@ -27,6 +27,7 @@ class Started:
         self.temporary.mkdir(exist_ok=True)
         env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'backends'}", "OMP_NUM_THREADS": "1"}
         env |= {"TORCHINDUCTOR_CACHE_DIR": str(folder / f"inductor-{name}"), "TMPDIR": str(self.temporary), **environ}
+        env |= {"XDG_CONFIG_HOME": str(folder / "config")}  # one key for all processes on a store
         command = [sys.executable, str(ROOT / "tests" / "starting_processes.py"), str(folder / cache), *options]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=folder
