@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import typer
 
 from compile_policy.artifacts import ArtifactKey, Miss, Store
-from compile_policy.artifacts.bundle import export_bundle, import_bundle
 from compile_policy.artifacts.doctor import examine
 from compile_policy.artifacts.locations import find_store
 from compile_policy.artifacts.manifest import Manifest
@@ -122,6 +121,8 @@ def export(
     key: KeyFile = None,
 ) -> int:
     """Write artifacts into one file, signed, for an image or another machine."""
+    from compile_policy.artifacts.bundle import export_bundle  # imports tarfile
+
     session: Session = context.obj
     if file.exists():
         raise InputError(f"{file} exists.", remedy="Name a new file.")
@@ -147,6 +148,8 @@ def import_(
     key: KeyFile = None,
 ) -> int:
     """Verify a bundle as a whole and add its artifacts; one without a good signature is refused."""
+    from compile_policy.artifacts.bundle import import_bundle  # imports tarfile
+
     session: Session = context.obj
     store = _store(session)
     secret = read_secret(key, os.getuid()) if key else store.secret
