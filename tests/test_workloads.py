@@ -86,6 +86,9 @@ def test_what_goes_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         if trial.way == "policy":
             raise ValueError("no such thing")
 
+    def slow(trial: Trial) -> None:
+        raise TimeoutError("the machine is busy")
+
     def never(trial: Trial) -> None:
         raise ValueError("never")
 
@@ -95,6 +98,8 @@ def test_what_goes_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     found = _measured(monkeypatch, raises)
     assert found.policy.state == "raises" and found.policy.reason == "ValueError: no such thing"
     assert _measured(monkeypatch, never).policy.state == "eager raises"
+    with pytest.raises(TimeoutError):
+        _measured(monkeypatch, slow)
     found = _measured(monkeypatch, wrong, needs=("no_such_package",))
     assert found.policy.state == "missing" and cells(found.to_dict())[0] == "-"
 

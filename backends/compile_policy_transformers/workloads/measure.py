@@ -116,6 +116,9 @@ def _run(workload: Workload, trial: Trial) -> Trial | Exception:
     torch.manual_seed(0)
     try:
         workload.run(trial)
+    except TimeoutError:  # of the measurement, which says nothing about the workload
+        trial.close()
+        raise
     except Exception as raised:
         trial.close()
         return raised
