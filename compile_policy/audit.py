@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from compile_policy.compat_guards import GuardFacts, guard_facts, inlined_saved_tensor_hooks
+from compile_policy.compat_guards import GuardFacts, Place, guard_facts, inlined_saved_tensor_hooks
 from compile_policy.cover import COVERS as COVERS
 from compile_policy.cover import Node, Uncovered, both, is_own
 from compile_policy.cover import register_lookup_table as register_lookup_table
@@ -48,6 +48,8 @@ _IDENTITY = frozenset(
         *("CLASS_MATCH", "MODULE_MATCH", "BUILTIN_MATCH", "NN_MODULE", "WEAKREF_ALIVE", "DUPLICATE_INPUT"),
     )
 )
+_REPORT = "Report the model; the component runs eager until then."
+_CLASS_OF_ARGUMENT = "the class of an argument is in the key"
 _LENGTH = frozenset(("SEQUENCE_LENGTH", "EMPTY_NN_MODULE_HOOKS_DICT"))
 _KEYS = frozenset(("DICT_KEYS_MATCH", "MAPPING_KEYS_CHECK", "DICT_VERSION"))
 _MEMBER = frozenset(("DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS", "SET_NOT_CONTAINS"))
@@ -81,16 +83,21 @@ class Account:
         records: one a guard, in Dynamo's order.
         watched: what only a check covers, each place once.
         refusal: why the capture cannot be used; empty when every guard is covered.
+        read: numbers of the arguments whose values the graph depends on, where they are no tensors.
     """
 
     records: tuple[GuardRecord, ...]
     watched: tuple[Watched, ...]
     refusal: str = ""
+    read: frozenset[int] = frozenset()
+    remedy: str = _REPORT
 
     def check(self) -> None:
         """Raises NotCompilable for a guard that nothing covers."""
         if self.refusal:
-            raise NotCompilable(self.refusal, remedy="Report the model; the component runs eager until then.")
+            refused = NotCompilable(self.refusal, remedy=self.remedy)
+            refused.read = self.read
+            raise refused
 
 
 def account_for(
@@ -117,10 +124,23 @@ def account_for(
     records: list[GuardRecord] = []
     watched: dict[tuple[Any, ...], Watched] = {}
     refusal = ""
+    read: set[int] = set()
+    spec = audit.places.locals.get("spec", ())
     all_facts = [guard_facts(entry) for entry in entries]
     if represented is not None:
         all_facts += [again for facts in all_facts for again in represented.again(facts)]
     for facts in all_facts:
+        opaque = None
+        for place in (facts.place, *(() if facts.other is None else (facts.other,))):
+            found = value_of_argument(place, spec)
+            if found is not None:
+                number, depth = found
+                opaque = spec[number][1][1] if spec[number][1][0] == "object" else opaque
+                if depth > 0 or (depth == 0 and facts.kind != "TYPE_MATCH"):
+                    read.add(number)
+        if opaque is not None:  # its class is in the key
+            records.append(GuardRecord(facts.kind, facts.name, "key", _CLASS_OF_ARGUMENT, facts.detail[:300]))
+            continue
         try:
             node = audit.guard(facts)
         except Exception as error:
@@ -133,7 +153,28 @@ def account_for(
         records.append(GuardRecord(facts.kind, facts.name, node.cover, node.rule, facts.detail[:300]))
         for w in node.watched:
             watched.setdefault(w.place, replace(w, line=w.line or facts.line))
-    return Account(tuple(records), tuple(watched.values()), refusal)
+    remedy = _REPORT
+    objects = [spec[n][1][1] for n in sorted(read) if spec[n][1][0] == "object"]
+    if objects and not refusal:
+        refusal, remedy = objects[0].reason, objects[0].remedy
+    return Account(tuple(records), tuple(watched.values()), refusal, frozenset(read), remedy)
+
+
+def value_of_argument(place: Place, spec: Sequence[Any]) -> tuple[int, int] | None:
+    """Return which argument a place belongs to, and how many steps it lies behind its value; ``None`` for others.
+
+    Args:
+        spec: (name, spec) of every argument; only those that are no tensors count (`Call.constants`).
+    """
+    if len(place) < 4 or place[0] != ("local", "spec") or place[1][0] != "item" or place[2] != ("item", 1):
+        return None
+    number: int = place[1][1]
+    kind = spec[number][1][0]
+    if kind == "const" and place[3] == ("item", 2):
+        return number, len(place) - 4
+    if kind == "object" and place[3] == ("item", 1):
+        return number, len(place) - 5  # what carries the object lies before it
+    return None
 
 
 class _Audit:

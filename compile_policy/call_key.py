@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,35 @@ from compile_policy.example import Filler
 from compile_policy.shapes import Labels
 
 CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, type)
+
+
+class NotPassable(NotCompilable):
+    """An argument that cannot go through a graph; it may all the same, if nobody reads it there."""
+
+
+class Opaque:
+    """An argument of a class that no graph knows, handed through a trace to find out whether it is read.
+
+    Equal for objects of one class: what else such an object is, no graph depends on.
+
+    Attributes:
+        value: the object, as long as it is needed.
+        reason, remedy: what a forward that reads it is told.
+    """
+
+    def __init__(self, value: Any, why: NotCompilable) -> None:
+        self.cls = type(value)
+        self.value = value
+        self.reason, self.remedy = why.reason, why.remedy  # not the exception, whose traceback holds the call
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Opaque) and self.cls is other.cls
+
+    def __hash__(self) -> int:
+        return hash(self.cls)
+
+    def __repr__(self) -> str:
+        return self.cls.__name__
 
 
 @dataclass(frozen=True)
@@ -60,9 +89,40 @@ class Call:
     copied: Mapping[int, torch.Tensor] = field(default_factory=dict)
     finish: Callable[[Any], Any] | None = None
 
-    def description(self) -> Call:
-        """The call without its tensors and values, to be kept without keeping them alive."""
-        return replace(self, leaves=[], values={}, example=None, copied={}, finish=None)
+    def description(self, unread: Collection[str] = ()) -> Call:
+        """The call without its tensors and values, to be kept without keeping them alive.
+
+        Args:
+            unread: arguments that the graph does not depend on.
+        """
+        key = self.key_without(unread)
+        return replace(self, key=key, spec=key[0], leaves=[], values={}, example=None, copied={}, finish=None)
+
+    def key_without(self, unread: Collection[str]) -> tuple[Any, ...]:
+        """The key in which the values of these arguments are left out; that they are given, and their class, is not."""
+        if not unread:
+            return self.key
+        spec = tuple([(name, _unread(s) if name in unread else s) for name, s in self.spec])
+        return (spec, *self.key[1:])
+
+    def unread(self, read: Collection[int]) -> frozenset[str]:
+        """Arguments without tensors but those with these numbers."""
+        constants = self.constants()
+        return frozenset(name for i, (name, _) in enumerate(self.spec) if name in constants and i not in read)
+
+    def objects(self) -> frozenset[str]:
+        """Arguments that cannot be passed to a graph."""
+        return frozenset([name for name, s in self.spec if s[0] == "object"])
+
+    def forget_objects(self) -> None:
+        """Let go of the arguments that cannot be passed to a graph: what was captured may refer to their carriers."""
+        for _, s in self.spec:
+            if s[0] == "object":
+                s[1].value = None
+
+    def constants(self) -> dict[str, Any]:
+        """Arguments that are no tensors and hold none: name -> spec."""
+        return {name: s for name, s in self.spec if s[0] in ("const", "object")}
 
 
 def make_call(
@@ -91,7 +151,7 @@ def make_call(
         NotCompilable: an argument that cannot be passed to a graph.
     """
     out = Leaves(label, fillers or {})
-    spec = tuple((name, flatten(value, out, name)) for name, value in values.items())
+    spec = tuple([(name, _argument(value, out, name)) for name, value in values.items()])
     metadata = tuple(metadata_of(t, ls) for t, ls in zip(out.tensors, out.labels, strict=True))
     return Call(
         key=(spec, metadata, *extra),
@@ -117,6 +177,22 @@ def metadata_of(t: torch.Tensor, labels: Labels) -> tuple[Any, ...]:
     return (t.dtype, t.device, static, t.requires_grad)
 
 
+def _argument(value: Any, out: Leaves, name: str) -> Any:
+    """Spec of a whole argument; one that cannot be passed to a graph may turn out not to be read."""
+    before = len(out.tensors)
+    try:
+        return flatten(value, out, name)
+    except NotPassable as why:
+        if len(out.tensors) > before:
+            raise
+        return ("object", Opaque(value, why))
+
+
+def _unread(spec: Any) -> Any:
+    """What is left in a key of an argument that is not read: its class, which code may ask without reading it."""
+    return ("unread", spec[1] if spec[0] == "const" else spec[1].cls)
+
+
 def flatten(value: Any, out: Leaves, path: str) -> Any:
     """Spec of ``value``; its tensors go to ``out``."""
     if isinstance(value, torch.Tensor):
@@ -139,7 +215,7 @@ def flatten(value: Any, out: Leaves, path: str) -> Any:
         return ("adapted", type(value), adapter.flatten(value, out, path))
     parts = containers.parts_of(value)
     if parts is None:
-        raise NotCompilable(
+        raise NotPassable(
             f"argument {path} is a {type(value).__module__}.{type(value).__qualname__}, "
             "which cannot be passed to a graph",
             remedy="Register an adapter for the type with compile_policy.call_key.register_adapter.",
@@ -177,6 +253,8 @@ def rebuild(spec: Any, leaves: Iterator[torch.Tensor]) -> Any:
         return next(leaves)
     if kind == "const":
         return spec[2]
+    if kind == "object":
+        return spec[1].value
     if kind == "list":
         return [rebuild(s, leaves) for s in spec[1]]
     if kind == "tuple":

@@ -232,6 +232,7 @@ class _Catcher:
             raise self.problem
         self.account.check()
         self.graph.guards = list(self.account.records)
+        self.graph.read = self.account.read
         self.graph.watched = (*self.account.watched, *hidden_builtins(self.graph.traced))
         self.graph.outputs = [self._output(r) for r in results]
         self.graph.written = self.written

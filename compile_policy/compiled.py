@@ -58,6 +58,7 @@ class CompiledGraph:
         why_jit: why a graph was not lowered ahead of time although that was tried; empty otherwise.
         program: the native packages, when lowered ahead of time; takes ``bound`` and then the leaves in ``order``.
         blocks: how the graph was divided into packages; ``None`` on the other road.
+        read: numbers of the arguments without tensors whose values the graph depends on.
         marks: leaves that may be causal marks; code of the other road expects dense masks.
         written: memory of bound tensors that the graph writes into, as `compat.storage_of` gives it.
     """
@@ -77,6 +78,7 @@ class CompiledGraph:
     blocks: BlockSummary | None = None
     bound: list[torch.Tensor] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
+    read: frozenset[int] = frozenset()
     marks: frozenset[int] = frozenset()
     written: frozenset[int] = frozenset()
 

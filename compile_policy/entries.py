@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NoReturn
 
@@ -61,7 +61,9 @@ class Entries:
         self.binder = binder
         self.options = options
         self.entries: dict[tuple[Any, ...], list[Entry]] = {}
+        self.unread: list[frozenset[str]] = []  # by which arguments the keys of entries are shorter
         self.refused: dict[Verdict, str] = {}
+        self.refused_unread: list[frozenset[str]] = []  # the same of the keys in there
         self.fingerprint = Fingerprint(module)
         self.lock = _compile_lock
         self.building = _Building()
@@ -72,10 +74,17 @@ class Entries:
 
     def find(self, call: Call) -> Entry | None:
         """The entry that serves a call, if there is one."""
-        for entry in self.entries.get(call.key, ()):
-            if entry.graph.accepts(call.leaves):
-                return entry
+        for unread in self.unread:
+            for entry in self.entries.get(call.key_without(unread), ()):
+                if entry.unread == unread and entry.graph.accepts(call.leaves):
+                    return entry
         return None
+
+    def _alike(self, call: Call) -> Iterator[Entry]:
+        """Entries for calls like this one, whatever their sizes."""
+        for unread in self.unread:
+            found = self.entries.get(call.key_without(unread), ())
+            yield from (entry for entry in found if entry.unread == unread)
 
     def obtain(self, call: Call) -> Entry:
         """Load or compile the entry for a call that has none.
@@ -89,8 +98,9 @@ class Entries:
             entry = self.find(call)  # another thread may have been here first
             if entry is not None:
                 return entry
-            if _verdict(call) in self.refused:
-                raise NotCompilable(self.refused[_verdict(call)])
+            for unread in (frozenset[str](), *self.refused_unread):
+                if (verdict := _verdict(call, unread)) in self.refused:
+                    raise NotCompilable(self.refused[verdict])
             hooked = hooked_below(self.module)
             if hooked:  # it may note something, of which a graph would do nothing and a trial run too much
                 raise NotCompilable(f"{hooked} has a hook", remedy="Remove the hook to have the component compiled.")
@@ -99,8 +109,11 @@ class Entries:
                 entry = self._with_ranks(call, place)
                 if entry is not None:
                     return entry
-            with place.locked() if place is not None else nullcontext():
-                return self._load(call, place) or self._make(call, place)
+            try:
+                with place.locked() if place is not None else nullcontext():
+                    return self._load(call, place) or self._make(call, place)
+            finally:
+                call.forget_objects()
 
     def _with_ranks(self, call: Call, place: Place) -> Entry | None:
         """The entry that one of the ranks has or makes; ``None`` where this one has to go on by itself."""
@@ -169,7 +182,7 @@ class Entries:
             raise
         except Exception as error:
             raise NotCompilable(f"no example of the call could be made: {error}") from error
-        tried = any(pattern(e.call.labels) == pattern(call.labels) for e in self.entries.get(call.key, ()))
+        tried = any(pattern(e.call.labels) == pattern(call.labels) for e in self._alike(call))
         return [given] if tried else [general, given]
 
     def _build(self, call: Call, example: list[torch.Tensor], labels: Sequence[Labels]) -> Entry:
@@ -207,7 +220,9 @@ class Entries:
 
     def _add(self, call: Call, entry: Entry) -> None:
         entry.number = self.entry_count()
-        self.entries.setdefault(call.key, []).append(entry)
+        self.entries.setdefault(call.key_without(entry.unread), []).append(entry)
+        if entry.unread not in self.unread:
+            self.unread.append(entry.unread)
 
     def _count_capture(self) -> None:
         self.graphs += 1
@@ -266,9 +281,12 @@ class Entries:
             raise CompileFault(f"{self.name}: {reason}") from cause
         raise NotCompilable(reason, remedy="Mend that, then apply the policy again.") from cause
 
-    def refuse(self, call: Call, reason: str) -> None:
-        """Calls like this one cannot be compiled."""
-        self.refused.setdefault(_verdict(call), reason)
+    def refuse(self, call: Call, why: NotCompilable) -> None:
+        """Calls like this one cannot be compiled, whatever it has in arguments that were not read."""
+        unread = frozenset[str]() if why.read is None else call.unread(why.read)
+        if unread and unread not in self.refused_unread:
+            self.refused_unread.append(unread)
+        self.refused.setdefault(_verdict(call, unread), why.reason)
 
     def blocks(self) -> str | None:
         """How the graph made last was divided, where it was or was to be."""
@@ -286,6 +304,6 @@ def _failure(cause: BaseException) -> Failure:
     return failure_of(fault)
 
 
-def _verdict(call: Call) -> Verdict:
-    """What a verdict is about: the key, and which sizes of the call are equal to which."""
-    return call.key, pattern(call.labels)
+def _verdict(call: Call, unread: frozenset[str] = frozenset()) -> Verdict:
+    """What a verdict is about: the key, without objects, and which sizes of the call are equal to which."""
+    return call.key_without(unread | call.objects()), pattern(call.labels)

@@ -37,6 +37,7 @@ class Entry:
     Attributes:
         state_sizes: number of state tensors of each adapted argument, in order.
         written: leaves that the component writes into although no adapter manages them.
+        unread: arguments without tensors whose values the graph does not depend on.
         number: its place among the component's entries, in the order in which they were made.
         wants_gradients: whether a gradient of something can be asked of the results.
         traced_shapes: of the leaves that the entry was traced and compared on.
@@ -47,6 +48,7 @@ class Entry:
     output: OutputSpec
     state_sizes: list[int]
     written: frozenset[int] = frozenset()
+    unread: frozenset[str] = frozenset()
     seconds: float = 0.0
     max_error: float = 0.0
     calls: int = field(default=0)
@@ -147,7 +149,8 @@ def build_entry(
         graph = compile_call(remake(), example, labels, lowering, on_capture, module, remake, world)
         output = OutputSpec(reference.tree, reference.leaves)
         written = reference.written - call.mutable
-        entry = Entry(call.description(), graph, output, reference.state_sizes, written)
+        unread = call.unread(graph.read)
+        entry = Entry(call.description(unread), graph, output, reference.state_sizes, written, unread)
         entry.max_error = reference.check(graph)
         entry.wants_gradients = _wants_gradients(call, graph)
         entry.traced_shapes = tuple([leaf.shape for leaf in example])
@@ -186,7 +189,7 @@ def difference(entry: Entry, call: Call) -> str:
     old, new = dict(mine.spec), dict(call.spec)
     for name in {**old, **new}:
         was, now = old.get(name), new.get(name)
-        if was != now:
+        if was != now and name not in entry.unread:
             return f"argument {name} is {_brief(now)}, was {_brief(was)}"
     for path, before, after in zip(call.paths, mine.key[1], call.key[1], strict=False):
         if before != after:
@@ -204,6 +207,8 @@ def _brief(spec: Any) -> str:
         return repr(spec[2])
     if spec[0] in ("data", "node"):
         return f"a {spec[1].__name__}"
+    if spec[0] in ("object", "unread"):
+        return f"a {spec[1].__name__ if spec[0] == 'unread' else spec[1]}"
     return f"{spec[1].__name__} {spec[2]}" if spec[0] == "adapted" else f"a {spec[0]}"
 
 

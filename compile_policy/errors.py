@@ -68,6 +68,8 @@ class NotCompilable(Exception):
         super().__init__(reason)
         self.reason = reason
         self.remedy = remedy
+        #: Numbers of the arguments without tensors that were read, where a trace has shown it.
+        self.read: frozenset[int] | None = None
 
 
 def first_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,7 @@ def answered(
     drawn: tuple[Any, ...] = ()
     try:
         with unseen(module) as world, torch.no_grad():
-            mine = _copied((args, dict(kwargs)))
+            mine = _copied((args, dict(kwargs)), _only(kwargs, entry.unread))
             world.stand_ins.allow(tensor for _, tensor in _tensors(mine))
             got = run(*mine, world, written)
             drawn = drawn_states()
@@ -129,6 +129,7 @@ def misfit(
     written: frozenset[int] = frozenset(),
     *,
     gradients: bool = False,
+    shared: Collection[str] = (),
 ) -> str:
     """How ``run`` differs from the module's own forward, in words; empty when it doesn't. Both run on copies.
 
@@ -137,6 +138,7 @@ def misfit(
 
     Args:
         gradients: compare the gradients of parameters and of tensors of the call too.
+        shared: arguments that the graph does not read: both runs are given the caller's own object.
         written: memory that the graph writes into, as `CompiledGraph.written` has it.
 
     Raises:
@@ -144,7 +146,7 @@ def misfit(
     """
     try:
         with unseen(module) as world, torch.set_grad_enabled(gradients), comparable():
-            theirs, mine = _copied((args, dict(kwargs))), _copied((args, dict(kwargs)))
+            theirs, mine = (_copied((args, dict(kwargs)), _only(kwargs, shared)) for _ in range(2))
             world.stand_ins.allow(tensor for _, tensor in _tensors((theirs, mine)))
             seed_for_comparison()
             try:
@@ -224,12 +226,16 @@ def _other_gradients(
     return gradient_difference(found, eager, tolerances(module, GRADIENT_TOLERANCE))
 
 
-def _copied(value: Any) -> Any:
-    """A deep copy; tensors in the middle of a gradient's graph, which ``deepcopy`` refuses, are cut off.
+def _only(kwargs: Mapping[str, Any], names: Collection[str]) -> list[Any]:
+    return [value for name, value in kwargs.items() if name in names]
+
+
+def _copied(value: Any, shared: Sequence[Any] = ()) -> Any:
+    """A deep copy, of all but ``shared``; tensors in the middle of a gradient's graph, which it refuses, are cut off.
 
     Tensors that are parts of one another stay so: ``deepcopy`` copies their memory once.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(one): one for one in shared}
     found = {id(tensor): tensor for _, tensor in _tensors(value)}
     plain = {k: t for k, t in found.items() if type(t) is torch.Tensor and t.layout is torch.strided and t.is_leaf}
     sharing = Counter(compat.storage_of(t) for t in plain.values())

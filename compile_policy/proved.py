@@ -141,7 +141,9 @@ class ProvedEntries(Entries):
             return answered(self.module, args, kwargs, run, entry, rows, tolerance)
         try:
             written = entry.graph.written
-            reason = misfit(self.module, args, kwargs, run, rows, tolerance, written, gradients=gradients)
+            reason = misfit(
+                *(self.module, args, kwargs, run, rows, tolerance, written), gradients=gradients, shared=entry.unread
+            )
         except NoMemory:
             raise PassingObstacle("there is no memory to compare this call with eager") from None
         if answers:  # gradients were compared on copies, and the call leaves what eager leaves

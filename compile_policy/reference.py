@@ -83,6 +83,7 @@ class Reference:
         leaves = [leaf for _, leaf in with_paths]
         self.paths = [path for path, leaf in with_paths if isinstance(leaf, torch.Tensor)]
         self.flags = [(path, int(leaf)) for path, leaf in with_paths if isinstance(leaf, bool)]
+        self.words = [(path, leaf) for path, leaf in with_paths if leaf is None or isinstance(leaf, str)]
         self.leaves = tuple(_describe(leaf, values, module) for leaf in leaves)
         state = [tensors for name, spec in call.spec for tensors in collect_state(spec, values[name])]
         self.state_sizes = [len(tensors) for tensors in state]
@@ -129,7 +130,7 @@ class Reference:
 
     def traceable(self, module: torch.nn.Module | None = None) -> Callable[..., tuple[torch.Tensor, ...]]:
         """The same run as a function of tensors that returns a flat tuple of tensors; of a stand-in ``module``."""
-        spec, paths, flags = self.call.spec, self.paths, self.flags
+        spec, paths, flags, words = self.call.spec, self.paths, self.flags, self.words
         forward = (module or self.module).forward
 
         def component(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -141,6 +142,9 @@ class Reference:
                 seen = 1 if containers.follow(result, path) else 0
                 if seen != expected:
                     raise NotCompilable("a flag in the result differs between two runs")
+            for path, word in words:  # read here, or an argument that is only returned would count as unread
+                if containers.follow(result, path) != word:
+                    raise NotCompilable("a word in the result differs between two runs")
             for name, s in spec:
                 for tensors in collect_state(s, values[name]):
                     flat += tensors

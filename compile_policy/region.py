@@ -188,7 +188,7 @@ class Region(ProvedEntries):
             if why.always or self._changed[self.module.training] > 1:
                 self.changes_itself[self.module.training] = why.reason
         elif call is not None and not isinstance(why, PassingObstacle):
-            self.refuse(call, why.reason)
+            self.refuse(call, why)
         if self.fallback != why.reason:
             self.fallback = why.reason
             found = self.failures.get(why.reason) or failure_of(why)

@@ -95,6 +95,8 @@ def spelled(spec: Any) -> str:
     if kind == "adapted":
         cls = spec[2][0] if isinstance(spec[2], tuple) and spec[2] and isinstance(spec[2][0], type) else spec[1]
         return cls.__name__
+    if kind == "unread":
+        return f"any {spec[1].__name__}"
     return str(spec[1].__name__ if kind in ("data", "node") else kind)
 
 

@@ -18,6 +18,7 @@ from compile_policy.call_key import (
     adapted,
     adapter_for,
     collect_state,
+    flatten,
     make_call,
     rebuild,
     register_adapter,
@@ -166,7 +167,14 @@ class TaggedParameter(torch.nn.Parameter):
 def test_what_cannot_be_passed_is_refused_by_name(value: Any, reason: str) -> None:
     """A tensor with rules of its own, or an object of an unknown type, is refused with its place in the call."""
     with pytest.raises(NotCompilable, match=reason):
-        call(x=value)
+        flatten(value, Leaves(lambda path, tensor: (None,) * tensor.dim()), "x")
+
+
+def test_an_object_alone_may_turn_out_not_to_be_read() -> None:
+    """Objects of one class are one call, of two classes they are not; beside a tensor they are refused."""
+    assert call(x=object()).key == call(x=object()).key != call(x=[object()]).key
+    with pytest.raises(NotCompilable, match=r"x\[1\] is a builtins.object"):
+        call(x=[torch.zeros(2), object()])
 
 
 def test_a_parameter_is_a_tensor() -> None:

@@ -126,7 +126,9 @@ class DecodeSteps:
         if carrier.query_length != 1:
             return  # the first step of a sequence is proved (`Region`) and remembered, the next ones repeat it
         held = step_cache(carrier.cache, call, entry)
-        inputs = step_inputs(kwargs, call, held, binder, module, self.cache_name) if held is not None else None
+        inputs = None
+        if held is not None:
+            inputs = step_inputs(kwargs, call, held, binder, module, self.cache_name, entry.unread)
         if held is not None and inputs is not None and _repeatable(call, entry, inputs):
             steps = self._steps
             cache = weakref.ref(carrier.cache, lambda _: steps.pop(key, None))

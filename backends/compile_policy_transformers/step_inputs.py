@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -37,10 +37,11 @@ class StepInputs:
         growing: place of each leaf that may be larger in the next step -> the dim.
     """
 
-    def __init__(self, kwargs: Mapping[str, Any], call: Call, cache_name: str) -> None:
+    def __init__(self, kwargs: Mapping[str, Any], call: Call, cache_name: str, unread: Collection[str] = ()) -> None:
         self.cache_name = cache_name
         self.names = frozenset(kwargs)
-        self.constants = [(name, value) for name, value in kwargs.items() if isinstance(value, CONSTANTS)]
+        read = [(name, value) for name, value in kwargs.items() if name not in unread]
+        self.constants = [(name, value) for name, value in read if isinstance(value, CONSTANTS)]
         self.given = [(i, path) for i, path in enumerate(call.paths) if call.leaves[i] is kwargs.get(path)]
         self.made: list[tuple[int, Make]] = []
         self.growing: dict[int, int] = {}
@@ -78,14 +79,21 @@ def step_inputs(
     binder: Binding,
     module: Any,
     cache_name: str,
+    unread: Collection[str] = (),
 ) -> StepInputs | None:
-    """How the next step's leaves come from its arguments; ``None`` where it needs the ordinary road."""
+    """How the next step's leaves come from its arguments; ``None`` where it needs the ordinary road.
+
+    Args:
+        unread: arguments on which the graph does not depend.
+    """
     for name, value in kwargs.items():
+        if name in unread:
+            continue
         if isinstance(value, (torch.Tensor, *CONSTANTS)) or name == cache_name:
             continue
         if name != "attention_mask" or type(value) is not dict:
             return None
-    inputs = StepInputs(kwargs, call, cache_name)
+    inputs = StepInputs(kwargs, call, cache_name, unread)
     given = dict(inputs.given)
     masks = [i for i, path in enumerate(call.paths) if path.startswith("attention_mask")]
     for place, path in enumerate(call.paths):

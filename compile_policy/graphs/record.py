@@ -70,6 +70,8 @@ def spelled(spec: Any) -> str:
         return "{" + ", ".join(f"{k!r}: {spelled(s)}" for k, s in rest[0]) + "}"
     if kind == "adapted":
         return f"{rest[0].__name__} {_plain(rest[1])}"
+    if kind == "unread":
+        return f"any {rest[0].__name__}"
     if kind in ("data", "node"):
         return f"{rest[0].__name__}({', '.join(map(spelled, rest[-1]))})"
     return str(kind)

@@ -27,7 +27,9 @@ from compile_policy.shapes import Labels, pattern
 from compile_policy.tensors import OWN_ATTRIBUTES
 
 #: Changes when files of an older form can no longer be read.
-FORMAT = 2
+FORMAT = 3
+#: The factor that holds the values of arguments without tensors; of an entry's key only those that it depends on.
+VALUES = "value"
 _SHORT = 60
 
 
@@ -51,7 +53,8 @@ def entry_factors(module: torch.nn.Module, call: Call, options: Mapping[str, Any
         "version": versions(classes, binder),
         "source": _sources(classes),
         **_structure(module, stable),
-        "argument": {name: _text(stable(spec)) for name, spec in call.spec},
+        "argument": {name: _argument(spec, stable) for name, spec in call.spec},
+        VALUES: {name: _text(stable(s)) for name, s in call.constants().items() if s[0] == "const"},
         "mode": {name: _text(stable(value)) for name, value in modes},
         "option": {name: _text(stable(value)) for name, value in options.items()},
         "machine": machine(devices),
@@ -60,6 +63,13 @@ def entry_factors(module: torch.nn.Module, call: Call, options: Mapping[str, Any
         "layers": digest(stable(registry_state())),
         "rank": rank_factor(module),
     }
+
+
+def _argument(spec: Any, stable: Stable) -> str:
+    """An argument as far as every graph depends on it: of one without tensors, its class (`Index.read`)."""
+    if spec[0] in ("const", "object"):
+        return f"a {_text(stable(spec[1] if spec[0] == 'const' else spec[1].cls))}"
+    return _text(stable(spec))
 
 
 def label_factors(call: Call, labels: Sequence[Labels]) -> dict[str, JSON]:

@@ -58,6 +58,7 @@ def to_files(entry: Entry, module: torch.nn.Module) -> dict[str, bytes]:
         "result": {"tree": _dumped(entry.output.tree), "leaves": entry.output.leaves},
         "state_sizes": entry.state_sizes,
         "written": sorted(entry.written),
+        "unread": sorted(entry.unread),
         "seconds": entry.seconds,
         "max_error": entry.max_error,
     }
@@ -108,12 +109,14 @@ def from_files(files: Mapping[str, bytes], module: torch.nn.Module, call: Call) 
     )
     leaves = tuple((str(kind), *rest) for kind, *rest in document["result"]["leaves"])
     output = OutputSpec(pytree.treespec_loads(document["result"]["tree"]), leaves)
+    unread = frozenset(map(str, document["unread"]))
     return Entry(
-        call=call.description(),
+        call=call.description(unread),
         graph=graph,
         output=output,
         state_sizes=[int(n) for n in document["state_sizes"]],
         written=frozenset(map(int, document["written"])),
+        unread=unread,
         seconds=float(document["seconds"]),
         max_error=float(document["max_error"]),
     )

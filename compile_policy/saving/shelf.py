@@ -167,7 +167,7 @@ class Place:
         self.shelf = shelf
         self.call = call
         self.variants = found
-        self.lock_key = ArtifactKey({**found[0][1], "kind": "lock"})
+        self.lock_key = ArtifactKey({**index_key(found[0][1]).factors, "kind": "lock"})
         self._missed = False
         self._unusable: set[str] = set()
         self.lacking = ""
@@ -238,10 +238,11 @@ class Place:
             shelf.leave(str(reason))
             return
         places = code.places() | watched_places(entry.graph.watched, map(type, shelf.module.modules()))
+        read = set(self.call.constants()) - entry.unread
         meta: dict[str, JSON] = {"component": shelf.name, "kind": "entry", "seconds": round(entry.seconds, 1)}
         with shelf.index_lock(factors):
             index = shelf.index(factors) or Index()
-            index.add(Index(code.modules(), places))
+            index.add(Index(code.modules(), places, read=read))
             key = index.key(factors)
             replace = key.digest in self._unusable
             saved = shelf.store.save(key, files, meta, replace=replace) and shelf.write_index(factors, index)
