@@ -6,7 +6,7 @@ a graph would hold for one set of pictures. While its layers are traced, such a 
 same projections and gates, and `convolve_pictures`, which runs the loop at call time, on a grid that is a tensor.
 
 A module is known by its code, whatever its class is called: by the fingerprint of the ``forward`` that this was
-written against (Transformers 5.23). One whose code is another is traced as it is, which fails, so that the layers run
+written against (`releases`). One whose code is another is traced as it is, which fails, so that the layers run
 eager. Nothing of Transformers is changed. Drop this once the stock layers take their grid as a tensor.
 """
 

@@ -1,7 +1,7 @@
 """The rules of linear attention and state spaces that `recurrent_mixers` knows, by the names of their functions.
 
 A rule is a pair of functions in the Python module of a mixer: one for many tokens and one for a single token. It is
-known while both have the parameters that it was written against (Transformers 5.17 to 5.23); otherwise the mixer is
+known while both have the parameters that it was written against (Transformers 5.17 to 5.24); otherwise the mixer is
 traced as it is, at the price of more graphs. The table, with what makes each rule need more than one graph:
 
 - ``torch_chunk_gated_delta_rule`` (Gated DeltaNet: Qwen3-Next, Qwen3.5, OLMo hybrid) loops over chunks of 64 tokens;

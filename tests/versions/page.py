@@ -19,7 +19,8 @@ newer one than tested is told of once, has to pass a self-test, and is compiled 
 Each environment is a fresh one with only the package's dependencies. There the contract
 (`tests/versions/contract.py`) runs the embedded model through Inductor in two processes on one cache directory, tiny
 architectures with random weights (two sizes, dynamic and static cache, equal to eager within 1e-3; graphs run as
-captured), a recorder (a hook and a buffer), a forward that cannot be compiled, and the self-tests.
+captured), a recorder (a hook and a buffer), a forward that cannot be compiled, and the self-tests. For a pair that the
+contract has not been run on there is a note below of what was tried instead.
 """
 _LEGEND = """\
 - **embedded model**: graphs of its decoder, and what the second process does: `loaded, 0 frames` compiles and traces
