@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from compile_policy_transformers import packed_attention
+import compile_policy
+from compile_policy import CompilationConfig
+from compile_policy_transformers import packed_attention, tiny_inputs, tiny_model
 from compile_policy_transformers.packed_attention import varlen_attention
 from compile_policy_transformers.picture_convolution import convolve_pictures
 
@@ -59,3 +61,22 @@ def test_gradients_of_convolved_pictures() -> None:
     weight = torch.randn(3, 1, 3, 3, generator=generator, dtype=torch.float64).requires_grad_(True)
     torch.library.opcheck(convolve_pictures, (states, weight, grid, 2))
     assert torch.autograd.gradcheck(lambda s, w: convolve_pictures(s, w, grid, 2), (states, weight))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["inductor", "eager"])
+def test_gradients_of_pixels_go_through_a_packed_tower(backend: str) -> None:
+    model = tiny_model("qwen2_5_vl").requires_grad_(False)
+    inputs = tiny_inputs(model, text_len=7, images=[(64, 64)])
+
+    def gradient() -> torch.Tensor:
+        pixels = inputs["pixel_values"].clone().requires_grad_(True)
+        model(**{**inputs, "pixel_values": pixels}).logits[:, -1].logsumexp(-1).sum().backward()
+        assert pixels.grad is not None
+        return pixels.grad
+
+    want = gradient()
+    compile_policy.apply(model, CompilationConfig(backend=backend, cache_dir=False, compile_mm_encoder=True))
+    torch.testing.assert_close(gradient(), want, atol=1e-5, rtol=1e-3)
+    found = [c for c in compile_policy.report(model).components if c.decision == "compile"]
+    assert [(c.graphs, c.eager_calls, c.fallback) for c in found] == [(1, 0, None), (1, 0, None)]
