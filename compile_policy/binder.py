@@ -50,10 +50,15 @@ class Binder(Protocol):
         """A context manager in which the component is traced."""
 
 
+class StepFailed(Exception):
+    """A step's graph failed before anything was written: the call takes the ordinary road."""
+
+
 class Step(Protocol):
     """A call that was recognised."""
 
-    def run(self) -> Any: ...
+    def run(self) -> Any:
+        """Raises StepFailed."""
 
 
 @runtime_checkable

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch._inductor
+import torch._inductor.cpu_vec_isa
 import torch.utils._pytree as pytree
 from torch._C._dynamo.guards import TensorGuards
 from torch._C._dynamo.guards import dict_version as _dict_version
@@ -113,6 +114,17 @@ def autocast_state() -> tuple[Any, ...]:
     return tuple(
         (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
     )
+
+
+def forget_failed_probes() -> None:
+    """Have Inductor ask the compiler again what the processor can do: it keeps "nothing" when there was no compiler."""
+    module: Any = torch._inductor.cpu_vec_isa
+    functions = [vars(module).get("valid_vec_isa_list")]
+    kinds = [cls for cls in vars(module).values() if isinstance(cls, type) and issubclass(cls, module.VecISA)]
+    functions += [value for cls in kinds for name, value in vars(cls).items() if "__bool__" in name]
+    for function in functions:
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
 def renew_after_fork(lock: Any) -> None:
@@ -274,6 +286,24 @@ def eager_only(module: torch.nn.Module) -> str:
 def saves_tensors_for_others() -> bool:
     """Whether somebody packs what autograd saves, as activation checkpointing does, in a call that wants gradients."""
     return torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+#: Words of `eager_only` -> what lets the next call be compiled.
+_WITHOUT = (
+    ("backward hook", "Remove it, or register it on the tensors that go in or come out."),
+    ("always called", "Register it without always_call=True."),
+    ("hook for all modules", "Remove it, or register it on the modules that it is for."),
+    ("TorchDispatchMode", "Leave the mode to have the call compiled."),
+    ("TorchFunctionMode", "Leave the mode to have the call compiled."),
+    ("torch.func", "Call it outside of the transformation to have it compiled."),
+    ("forward-mode", "Leave torch.autograd.forward_ad to have the call compiled."),
+    ("torch.jit", "Call the model without tracing it to have it compiled."),
+)
+
+
+def remedy_of(obstacle: str) -> str:
+    """What lets the next call be compiled where `eager_only` says that this one cannot; empty for any other text."""
+    return next((remedy for words, remedy in _WITHOUT if words in obstacle), "")
 
 
 def hooks_made() -> int:

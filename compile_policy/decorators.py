@@ -30,6 +30,8 @@ from compile_policy.positional import PositionalCheck
 from compile_policy.region import Binder, Region, SignatureBinder, region_of
 from compile_policy.shapes import ArgDims, DimSpec, infer_dynamic_arg_dims, normalise
 
+#: Why a component is compiled whose class the user decorated.
+DECORATED = "its class is decorated with support_torch_compile"
 C = TypeVar("C", bound=type[torch.nn.Module])
 _config: ContextVar[CompilationConfig | None] = ContextVar("compile_policy_config", default=None)
 
@@ -58,6 +60,8 @@ class ClassPolicy:
 
 
 # None: the class was decorated with ignore_torch_compile.
+# Policies of a plan, in force while its model is built (`decorated`).
+_planned: weakref.WeakSet[type] = weakref.WeakSet()
 _policies: weakref.WeakKeyDictionary[type, ClassPolicy | None] = weakref.WeakKeyDictionary()
 
 
@@ -121,11 +125,13 @@ def decorated(policies: Mapping[type[torch.nn.Module], ClassPolicy]) -> Iterator
                 continue
             before = cls.__dict__.get("__init__")
             _install(cls, policy)
+            _planned.add(cls)
             undo.append((cls, before))
         yield
     finally:
         for cls, init in undo:
             _policies.pop(cls, None)
+            _planned.discard(cls)
             if init is None:
                 del cls.__init__
             else:
@@ -134,7 +140,13 @@ def decorated(policies: Mapping[type[torch.nn.Module], ClassPolicy]) -> Iterator
 
 def policy_of(cls: type) -> ClassPolicy | None:
     """The policy that instances of ``cls`` follow: of the nearest decorated or ignored class in its MRO."""
-    return next((_policies[base] for base in cls.__mro__ if base in _policies), None)
+    source = _source(cls)
+    return None if source is None else _policies[source]
+
+
+def _source(cls: type) -> type | None:
+    """The class whose policy instances of ``cls`` follow."""
+    return next((base for base in cls.__mro__ if base in _policies), None)
 
 
 def _decorate(cls: C, policy: ClassPolicy) -> C:
@@ -201,6 +213,5 @@ def _attach(module: torch.nn.Module) -> None:
         override = config.dynamic_arg_dims.get(type(module).__name__)
         dims = dims_of(type(module), policy) if override is None else normalise(type(module), override)
         binder = SignatureBinder(dims)
-    reason = "its class is decorated with support_torch_compile"
-    options = region_options(config)
-    Region(module, role=policy.role, binder=binder, options=options, reason=reason).attach()
+    options, own = region_options(config), _source(type(module)) not in _planned
+    Region(module, role=policy.role, binder=binder, options=options, reason=DECORATED, decorated=own).attach()

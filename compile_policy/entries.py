@@ -7,33 +7,38 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from compile_policy import compat
 from compile_policy.binder import Binder
 from compile_policy.call_key import Call, make_call
+from compile_policy.caller import users_place, warn_user
 from compile_policy.compat_compiler import limit_compilers
 from compile_policy.entry import Entry, ExampleUnfit, build_entry
-from compile_policy.errors import BudgetExceeded, CompileFault, NotCompilable, first_line
+from compile_policy.errors import BudgetExceeded, InternalError, NotCompilable, PolicyWarning, first_line
 from compile_policy.events import emit
 from compile_policy.example import examples
-from compile_policy.failure import Failure, failure_of
+from compile_policy.failure import Failure, failure_of, of_this_package
 from compile_policy.fingerprint import Fingerprint
 from compile_policy.options import RegionOptions
 from compile_policy.saving import Place, Shelf, entry_between_ranks
 from compile_policy.shapes import Labels, pattern
 from compile_policy.shortage import shortage
+from compile_policy.verdicts import Shortage, Verdicts
 from compile_policy.walk import hooked_below
 
 # Dynamo is not safe to enter from two threads; one capture at a time in the whole process.
 _compile_lock = threading.RLock()
 compat.renew_after_fork(_compile_lock)
 _REMEDIES = {"InvalidCxxCompiler": "Install a C++ compiler such as g++, or name one in CXX."}
-Verdict = tuple[tuple[Any, ...], tuple[Any, ...]]
+T = TypeVar("T")
+#: What to do about a shortage.
+TRIED_AGAIN = "Mend that; the component is tried again in a while, or when the policy is applied again."
 
 
 class PassingObstacle(NotCompilable):
@@ -51,7 +56,7 @@ class Entries:
 
     Attributes:
         entries: by key of the call; several where the sizes decide.
-        refused: what cannot be compiled, with the reason.
+        refused: what cannot be compiled, for good or for now.
         captures: odd while a capture goes on, which changes the module for a moment.
     """
 
@@ -62,7 +67,7 @@ class Entries:
         self.options = options
         self.entries: dict[tuple[Any, ...], list[Entry]] = {}
         self.unread: list[frozenset[str]] = []  # by which arguments the keys of entries are shorter
-        self.refused: dict[Verdict, str] = {}
+        self.refused = Verdicts()
         self.refused_unread: list[frozenset[str]] = []  # the same of the keys in there
         self.fingerprint = Fingerprint(module)
         self.lock = _compile_lock
@@ -70,6 +75,9 @@ class Entries:
         self.captures = 0
         self.graphs = self.loaded = 0
         self.compile_seconds = 0.0
+        self.place = users_place()
+        self._took = 0.0  # seconds of the last attempt to compile
+        self._remarks: set[str] = set()
         self._shelf: Shelf | None = None
 
     def find(self, call: Call) -> Entry | None:
@@ -86,25 +94,42 @@ class Entries:
             found = self.entries.get(call.key_without(unread), ())
             yield from (entry for entry in found if entry.unread == unread)
 
+    def look_up(self, call: Call) -> Entry:
+        """The entry for a call: found, loaded or compiled.
+
+        Raises:
+            NotCompilable: there is none, and why; a mistake of this package is a reason too.
+            BudgetExceeded: with ``on_budget="error"``.
+        """
+        try:
+            return self.find(call) or self.obtain(call)
+        except (NotCompilable, PolicyWarning, BudgetExceeded):
+            raise
+        except Exception as error:
+            raise InternalError("an entry was looked for", error) from error
+
     def obtain(self, call: Call) -> Entry:
         """Load or compile the entry for a call that has none.
 
         Raises:
             NotCompilable: there is none, and why.
             BudgetExceeded: with ``on_budget="error"``.
-            CompileFault: with ``on_fault="error"``.
         """
         with self.lock:
             entry = self.find(call)  # another thread may have been here first
             if entry is not None:
                 return entry
             for unread in (frozenset[str](), *self.refused_unread):
-                if (verdict := _verdict(call, unread)) in self.refused:
-                    raise NotCompilable(self.refused[verdict])
+                if self.refused.check(_kind(call, unread)):
+                    compat.forget_failed_probes()
+            if any(leaf.is_meta for leaf in call.leaves):
+                raise NotCompilable(
+                    "the call's tensors have no memory", remedy="Call it with tensors of a real device."
+                )
             hooked = hooked_below(self.module)
             if hooked:  # it may note something, of which a graph would do nothing and a trial run too much
                 raise NotCompilable(f"{hooked} has a hook", remedy="Remove the hook to have the component compiled.")
-            place = self.shelf.place(call) if self.shelf is not None else None
+            place = self._place(call)
             if place is not None and place.shelf.shared() and not self.options.load_only:
                 entry = self._with_ranks(call, place)
                 if entry is not None:
@@ -118,17 +143,15 @@ class Entries:
     def _with_ranks(self, call: Call, place: Place) -> Entry | None:
         """The entry that one of the ranks has or makes; ``None`` where this one has to go on by itself."""
         found = entry_between_ranks(place, lambda: self._load(call, place), lambda: self._make(call, place))
-        if found.refused and found.raised == CompileFault.__name__:
-            raise CompileFault(f"{self.name}: {found.refused}")
         if found.refused:
             raise NotCompilable(found.refused)
         return found.entry
 
     def _load(self, call: Call, place: Place | None) -> Entry | None:
         """The entry that another process left in the store, if any."""
-        entry = place.load() if place is not None else None
+        entry = None if place is None else self._of_store("an entry was loaded", place.load)
         if place is not None and entry is None and place.lacking:  # compiling would fail for it too, minutes later
-            self._give_up(f"what is stored cannot be loaded, {place.lacking}", None)
+            raise Shortage(f"what is stored cannot be loaded, {place.lacking}", remedy=TRIED_AGAIN)
         if entry is not None:
             self.loaded += 1
             self.fingerprint.watch(call.key[3], entry.graph.watched)
@@ -153,7 +176,7 @@ class Entries:
                 why = reason
                 continue
             if place is not None:
-                place.save(entry, labels)
+                self._of_store("an entry was saved", partial(place.save, entry, labels))
             if entry.graph.accepts(call.leaves):
                 return entry
             unfit = entry  # kept for the sizes it holds for, but never run for this call
@@ -207,15 +230,17 @@ class Entries:
         finally:
             self.captures += 1
             self.building.now = False
-            self.compile_seconds += time.perf_counter() - started
+            self._took = time.perf_counter() - started
+            self.compile_seconds += self._took
         entry.seconds = time.perf_counter() - started
         self._add(call, entry)
+        for unread in (frozenset[str](), *self.refused_unread):
+            self.refused.forget(_kind(call, unread))
         said = {"seconds": entry.seconds, "entry": entry.number, "road": entry.graph.road}
         said |= {"blocks": blocks} if (blocks := self.blocks()) else {}
         said |= {"depth": entry.graph.depth} if entry.graph.depth else {}
         emit("compile_end", self.name, f"compiled in {entry.seconds:.1f} s", **said)
-        if self.options.dump is not None:
-            self.options.dump(self, entry)
+        self._dump(entry)
         return entry
 
     def _add(self, call: Call, entry: Entry) -> None:
@@ -223,6 +248,10 @@ class Entries:
         self.entries.setdefault(call.key_without(entry.unread), []).append(entry)
         if entry.unread not in self.unread:
             self.unread.append(entry.unread)
+
+    def _dump(self, entry: Entry) -> None:
+        if self.options.dump is not None:
+            self._of_store("a graph was dumped", partial(self.options.dump, self, entry))
 
     def _count_capture(self) -> None:
         self.graphs += 1
@@ -263,30 +292,47 @@ class Entries:
         return entry.difference(call)
 
     def _fault(self, error: BaseException) -> NoReturn:
-        """A capture or lowering that failed: eager, or ``on_fault="error"`` raises with the original as cause."""
+        """A capture or lowering that failed, with the original as cause."""
         cause = compat.original_error(error)
-        found, lacking = _failure(cause), shortage(error)
+        lacking = shortage(error)
+        if lacking:
+            raise Shortage(f"compiling failed, {lacking}", remedy=TRIED_AGAIN) from cause
+        if of_this_package(cause):
+            raise InternalError("the component was compiled", cause)
+        found = _failure(cause)
         reason = f"compiling failed with {first_line(cause)}"
         if found.cause not in reason:  # what Dynamo says was read
             reason = f"compiling failed{f' at {found.place}' if found.place else ''}: {found.cause}"
-        if lacking:
-            self._give_up(f"compiling failed, {lacking}", cause)
-        if self.options.on_fault == "error":
-            raise CompileFault(f"{self.name}: {reason}") from cause
         raise NotCompilable(reason, remedy=_REMEDIES.get(type(cause).__name__, found.remedy)) from cause
-
-    def _give_up(self, reason: str, cause: BaseException | None) -> NoReturn:
-        """What this process lacks: the component is as good as before, and eager until that is mended."""
-        if self.options.on_fault == "error":
-            raise CompileFault(f"{self.name}: {reason}") from cause
-        raise NotCompilable(reason, remedy="Mend that, then apply the policy again.") from cause
 
     def refuse(self, call: Call, why: NotCompilable) -> None:
         """Calls like this one cannot be compiled, whatever it has in arguments that were not read."""
         unread = frozenset[str]() if why.read is None else call.unread(why.read)
         if unread and unread not in self.refused_unread:
             self.refused_unread.append(unread)
-        self.refused.setdefault(_verdict(call, unread), why.reason)
+        self.refused.add(_kind(call, unread), why, self._took)
+
+    def remark(self, why: InternalError) -> None:
+        """Say once of each mistake of this package that did not keep a call from its entry what it was."""
+        if why.reason not in self._remarks:
+            self._remarks.add(why.reason)
+            emit("skipped", self.name, why.reason, error=type(why.__cause__).__name__)
+            warn_user(f"{self.name}: {why.reason}. {why.remedy}", otherwise=self.place)
+
+    def _place(self, call: Call) -> Place | None:
+        """Where the entries for a call are on disk; ``None`` where none are kept."""
+        shelf = self.shelf
+        return None if shelf is None else self._of_store("the store was asked", partial(shelf.place, call))
+
+    def _of_store(self, doing: str, ask: Callable[[], T | None]) -> T | None:
+        """What the store answers; nothing where asking it fails, which never stops a call."""
+        try:
+            return ask()
+        except (NotCompilable, PolicyWarning):
+            raise
+        except Exception as error:
+            self.remark(InternalError(doing, error))
+            return None
 
     def blocks(self) -> str | None:
         """How the graph made last was divided, where it was or was to be."""
@@ -304,6 +350,6 @@ def _failure(cause: BaseException) -> Failure:
     return failure_of(fault)
 
 
-def _verdict(call: Call, unread: frozenset[str] = frozenset()) -> Verdict:
+def _kind(call: Call, unread: frozenset[str] = frozenset()) -> Hashable:
     """What a verdict is about: the key, without objects, and which sizes of the call are equal to which."""
     return call.key_without(unread | call.objects()), pattern(call.labels)

@@ -30,6 +30,36 @@ class ExampleUnfit(NotCompilable):
     """The component does not run on this example; it may on another one."""
 
 
+_Kept = list[tuple[dict[str, Any], dict[str, Any]]]
+
+
+def kept(values: Sequence[Any]) -> _Kept:
+    """The attributes of objects, and of the objects in their lists, as they are now; tensors are not copied."""
+    out: _Kept = []
+    seen: set[int] = set()
+    left = list(values)
+    while left:
+        value = left.pop()
+        held = getattr(value, "__dict__", None)
+        if held is None or id(value) in seen or isinstance(value, (torch.nn.Module, type)):
+            continue
+        seen.add(id(value))
+        out.append((held, dict(held)))
+        for inside in held.values():
+            if isinstance(inside, list):
+                left += inside
+            elif hasattr(inside, "__dict__") and not isinstance(inside, torch.Tensor):
+                left.append(inside)
+    return out
+
+
+def restore(before: _Kept) -> None:
+    """Give objects the attributes that they had."""
+    for held, was in before:
+        held.clear()
+        held.update(was)
+
+
 @dataclass
 class Entry:
     """One call key's compiled code.
@@ -95,9 +125,15 @@ class Entry:
         return [call.copied.get(i, result) if kind == "leaf" else result for (kind, i), result in places]
 
     def _write_back(self, call: Call, tensors: Iterator[torch.Tensor]) -> None:
+        """Give the arguments their new state: all of it, or none where an adapter fails in the middle."""
         found = [place for name, spec in call.spec for place in adapted(spec, call.values[name])]
-        for (adapter, spec, value), size in zip(found, self.state_sizes, strict=True):
-            adapter.write_back(spec, value, [next(tensors) for _ in range(size)])
+        before = kept([adapter.public(value) for adapter, _, value in found])
+        try:
+            for (adapter, spec, value), size in zip(found, self.state_sizes, strict=True):
+                adapter.write_back(spec, value, [next(tensors) for _ in range(size)])
+        except Exception:
+            restore(before)
+            raise
 
     def obstacle(self, call: Call) -> str:
         """Why this call must not run this entry although key and sizes fit; empty when nothing is in the way."""

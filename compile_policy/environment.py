@@ -7,10 +7,9 @@ self-test; where it fails, every component runs eager, and each report gives the
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable
 
-from compile_policy.errors import PolicyWarning
+from compile_policy.caller import warn_user
 from compile_policy.self_test import Result, failures, self_test
 from compile_policy.versions import Finding, compare, installed, refuse_unsupported
 
@@ -58,7 +57,7 @@ def _tested(newer: list[Finding], test: Callable[[], list[Result]]) -> str:
     remedy = " or ".join(f"`{finding.remedy}`" for finding in newer)
     if wrong:
         reason = f"{said} The self-test failed: {wrong}"
-        warnings.warn(f"{reason}. Every component runs eager. {remedy}", PolicyWarning, stacklevel=4)
+        warn_user(f"{reason}. Every component runs eager. {remedy}")
         return reason
-    warnings.warn(f"{said} The self-test passed, so components are compiled. {remedy}", PolicyWarning, stacklevel=4)
+    warn_user(f"{said} The self-test passed, so components are compiled. {remedy}")
     return ""

@@ -13,6 +13,7 @@ Exception
 |   +-- CompileFault                lowering or capture failed (raised only with on_fault="error")
 |   +-- BudgetExceeded              more entries than max_entries (raised only with on_budget="error")
 +-- NotCompilable                   internal: this call, or this component, has to run eager
+|   +-- InternalError               because of a mistake of this package
 UserWarning
 +-- PolicyWarning                   a wish that was skipped, with reason and remedy
 """
@@ -70,6 +71,34 @@ class NotCompilable(Exception):
         self.remedy = remedy
         #: Numbers of the arguments without tensors that were read, where a trace has shown it.
         self.read: frozenset[int] | None = None
+
+
+class InternalError(NotCompilable):
+    """Internal: a mistake of this package stopped the way of a call, which runs eager; users are asked to report it."""
+
+    def __init__(self, doing: str, error: BaseException) -> None:
+        where = _innermost(error)
+        said = f"internal error of compile-policy while {doing}: {first_line(error)}"
+        super().__init__(f"{said}{f' ({where})' if where else ''}", remedy=REPORT)
+        self.__cause__ = error
+
+
+#: What to do about a mistake of this package.
+REPORT = (
+    "The result is eager's. Please report this with the model, the call and the versions; "
+    "it is a fault of compile-policy and not of the model."
+)
+
+
+def _innermost(error: BaseException) -> str:
+    """File without its folders, and line, where an exception was raised; empty for one that was never raised."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None:
+        return ""
+    file = place.tb_frame.f_code.co_filename.replace("\\", "/").rpartition("/")[2]
+    return f"{file}:{place.tb_lineno}"
 
 
 def first_line(error: BaseException) -> str:

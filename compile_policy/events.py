@@ -102,7 +102,7 @@ KINDS: dict[str, Kind] = {
     "saved": Kind("a new entry was written to the store", {"key": Field("string", "digest that it is found by")}),
     "unsaved": Kind("an entry is not written to the store", {"reason": Field("string", "why")}),
     "fallback": Kind(
-        "a component runs eager for another reason than before",
+        "a call of a component that is to be compiled ran eager; the first for each reason",
         {"reason": Field("string", "why"), "remedy": Field("string", "what would change it, or nothing"), **_PLACE},
         logging.WARNING,
     ),

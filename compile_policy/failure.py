@@ -143,12 +143,28 @@ def _model_frame(cause: BaseException) -> traceback.FrameSummary | None:
     return next((f for f in there if not os.path.abspath(f.filename).startswith(helpers)), there[0] if there else None)
 
 
+def of_this_package(error: BaseException) -> bool:
+    """Whether an exception is a mistake of this package or its backends: raised by their own code, and not by torch,
+    the model or the system.
+    """
+    place = error.__traceback__
+    if place is None or isinstance(error, (OSError, MemoryError)) or type(error).__module__.startswith("torch"):
+        return False
+    while place.tb_next is not None:
+        place = place.tb_next
+    file = os.path.abspath(place.tb_frame.f_code.co_filename)
+    return file.startswith(tuple(_policy_folders()))
+
+
+def _policy_folders() -> Iterator[str]:
+    """Folders of this package and of its backends."""
+    return _folders([n for n in list(sys.modules) if n.partition(".")[0] == n and n.startswith("compile_policy")])
+
+
 def _own_folders() -> Iterator[str]:
     """Folders of torch, of this package and of its backends."""
-    names = [
-        n for n in list(sys.modules) if n == "compile_policy" or (n.startswith("compile_policy_") and "." not in n)
-    ]
-    return _folders(("torch", *names))
+    yield from _folders(("torch",))
+    yield from _policy_folders()
 
 
 def _folders(packages: Iterable[str]) -> Iterator[str]:

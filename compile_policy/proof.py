@@ -19,7 +19,7 @@ import torch
 
 from compile_policy import compat
 from compile_policy.entry import Entry
-from compile_policy.errors import first_line
+from compile_policy.errors import InternalError, first_line
 from compile_policy.gradients import TOLERANCE as GRADIENT_TOLERANCE
 from compile_policy.gradients import (
     comparable,
@@ -117,6 +117,8 @@ def answered(
         return Answer(result, reason or _state_differs(entry, written, tolerance))
     except _NO_MEMORY:
         return Answer(result, known=False)
+    except Exception as error:  # eager has answered by now, and must not be asked again
+        return Answer(result, InternalError("a result was compared with eager's", error).reason)
 
 
 def misfit(

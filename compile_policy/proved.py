@@ -17,11 +17,13 @@ from compile_policy.binder import Binder
 from compile_policy.call_key import Call
 from compile_policy.entries import Entries, PassingObstacle
 from compile_policy.entry import TOLERANCE, Entry
+from compile_policy.errors import InternalError, NotCompilable, PolicyWarning
 from compile_policy.options import RegionOptions
 from compile_policy.proof import Answer, NoMemory, Run, answered, misfit
 from compile_policy.stand_ins import Substitutes
 from compile_policy.unseen import Unseen
 
+NO_MEMORY = "there is no memory to compare this call with eager"
 _MISFIT = "the graph does not fit calls of this form: "
 
 
@@ -63,7 +65,7 @@ class ProvedEntries(Entries):
         Raises:
             PassingObstacle: the graph was found not to fit calls of this form.
         """
-        entry = self.find(call) or self.obtain(call)
+        entry = self.look_up(call)
         unlike = entry.graph.accepts.unlike(call.leaves)
         kind, rows = form or (None, None)
         sizes = entry.new_sizes(call)
@@ -145,7 +147,11 @@ class ProvedEntries(Entries):
                 *(self.module, args, kwargs, run, rows, tolerance, written), gradients=gradients, shared=entry.unread
             )
         except NoMemory:
-            raise PassingObstacle("there is no memory to compare this call with eager") from None
+            raise PassingObstacle(NO_MEMORY) from None
+        except (NotCompilable, PolicyWarning):
+            raise
+        except Exception as error:
+            raise InternalError("an entry was compared with eager", error) from error
         if answers:  # gradients were compared on copies, and the call leaves what eager leaves
             return Answer(self.module.forward(*args, **kwargs), reason)
         if reason:

@@ -6,13 +6,13 @@ import difflib
 import os
 import pwd
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from compile_policy.errors import ConfigError, PolicyWarning
+from compile_policy.caller import warn_user
+from compile_policy.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "COMPILE_POLICY_"
 KILL_SWITCH = "COMPILE_POLICY_DISABLE"
@@ -124,7 +124,7 @@ def environment_settings(environ: Mapping[str, str], known: Iterable[str]) -> di
             found[name] = Setting(parse_text(environ[variable]), f"environment {variable}")
             continue
         hint = near_match(name, known | {"disable"})
-        warnings.warn(f"the variable {variable} is not a setting and is ignored. {hint}", PolicyWarning, stacklevel=4)
+        warn_user(f"the variable {variable} is not a setting and is ignored. {hint}")
     return found
 
 

@@ -331,3 +331,37 @@ def test_pipeline() -> None:
     with cp.eager(model):
         assert ask(text=messages, max_new_tokens=8, return_full_text=False)[0]["generated_text"] == got
     assert region_of(model.get_submodule(row.qualname)) is not None
+
+
+def test_what_the_user_decorated_stays() -> None:
+    """A tower decorated by hand below a model: compiled and reported before, with and after the policy."""
+
+    @cp.support_torch_compile(dynamic_arg_dims={"x": {0: "b"}})
+    class Tower(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x).relu()
+
+    model = tiny_model("llama")
+    with cp.use_config(EAGER):
+        model.tower = Tower().eval()
+
+    def tower() -> Any:
+        (row,) = [row for row in cp.report(model).components if row.qualname == "tower"]
+        return row
+
+    x = torch.randn(3, 8)
+    for expected in (1, 2, 3):
+        want = model.tower.forward(x)
+        assert torch.equal(model.tower(x), want)
+        row = tower()
+        assert (row.state, row.graphs, row.calls, row.decision) == ("compiled", 1, expected, "compile")
+        assert row.reason == "its class is decorated with support_torch_compile"
+        assert (cp.remove(model) if expected == 2 else cp.apply(model, EAGER)) is model
+    roles = {row.role for row in cp.plan(model).components if row.decision == "compile"}
+    assert roles == {"decoder", "projector"}
+    cp.remove(model)
+    assert [row.qualname for row in cp.report(model).components] == ["tower"]

@@ -192,3 +192,19 @@ def test_interrupt_while_compiling() -> None:
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (128 + signal.SIGINT, "", "interrupted\n")
+
+
+def test_strict_fails_where_something_ran_eager(capsys: pytest.CaptureFixture[str]) -> None:
+    """The sentence counts the compiled calls; with --strict a fallback, or nothing to compile, ends with 1."""
+    assert main(["generate", "tiny:llama", "--verify", "--strict", *QUICK]) == 0
+    assert "4 of 4 decoder calls were compiled" in capsys.readouterr().out
+    with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
+        assert main(["generate", "tiny:llama", "--verify", *QUICK]) == 0
+        out, err = capsys.readouterr()
+        assert "0 of 4 decoder calls were compiled" in out and "equal to eager: yes" in out
+        assert "fell back" in out and "register it on the modules that it is for" in out
+        assert err.count("warning: decoder model runs eager: a hook for all modules is registered") == 1
+        assert main(["generate", "tiny:llama", "--strict", *QUICK]) == 1
+    capsys.readouterr()
+    assert main(["generate", "tiny:llama", "--strict", "-O0", *QUICK]) == 1
+    assert "nothing of this model is to be compiled" in capsys.readouterr().out

@@ -37,6 +37,9 @@ ROW = {
     "eager_calls": 0,
     "compile_seconds": 12.345,
     "fallback": None,
+    "loaded": 0,
+    "state": "compiled",
+    "remedy": "",
 }
 
 
@@ -70,8 +73,22 @@ def test_report_at_every_width(width: int) -> None:
         assert fact in squeezed
     if width >= 160:
         titles = text.splitlines()[0].split()
-        for title in ("component", "class", "decision", "reason", "graphs", "calls", "compile", "fallback"):
+        for title in ("component", "class", "state", "reason", "graphs", "calls", "eager", "compile", "fallback"):
             assert title in titles
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_what_happened_is_what_the_table_shows(width: int) -> None:
+    """A component that fell back never reads ``compile`` alone; one from the store says so, without compile seconds."""
+    fell = ROW | {"state": "fell back", "eager_calls": 3, "fallback": "it branches", "remedy": "Write it over."}
+    text = _printed(width, fell)
+    lines = [line for line in text.splitlines() if "always" not in line]
+    assert "fell back" in text and "it branches" in text and "Write it over." in text
+    assert not any("compile" in line.split() and "fell back" not in line and "compile s" not in line for line in lines)
+    loaded = _printed(width, ROW | {"graphs": 0, "loaded": 1, "compile_seconds": 0.0})
+    assert "1 loaded" in loaded and "0.0" not in loaded and "compiled" in loaded
+    both = _printed(width, ROW | {"graphs": 2, "loaded": 1})
+    assert "2 + 1 loaded" in both and "12.3" in both
 
 
 def test_names_cannot_draw() -> None:
@@ -107,6 +124,7 @@ def test_progress_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -
         events.emit(
             "fallback", "encoder[image] v", "runs eager: no compiler", reason="no compiler", remedy="Install g++."
         )
+        warnings.warn("encoder[image] v runs eager: no compiler. Install g++.", PolicyWarning, stacklevel=1)
         warnings.warn("[bold]skipped[/bold]", PolicyWarning, stacklevel=1)
         warnings.warn("noise", UserWarning, stacklevel=1)
     out, err = capsys.readouterr()
@@ -115,7 +133,7 @@ def test_progress_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -
         "compiling decoder m ...",
         "compiled decoder m in 2.2 s",
         "compiling encoder[image] v ...",
-        "warning: encoder[image] v: runs eager: no compiler Install g++.",
+        "warning: encoder[image] v runs eager: no compiler. Install g++.",
         "warning: [bold]skipped[/bold]",
     ]
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
+from falling import falls_back
 from torch import nn
 
 from compile_policy.predicate import ShapeConditions, _asks_for_one
@@ -161,8 +162,9 @@ class Disagrees(nn.Module):
 def test_a_verdict_on_unequal_sizes_says_nothing_of_equal_ones() -> None:
     """Which sizes are equal belongs to a verdict: after a refused call with others, the good one is compiled."""
     ours = region(Disagrees(), x=0, y=0)
-    for _ in range(2):
-        assert ours(torch.ones(3), torch.ones(5)) == 3
+    with falls_back("returns a int"):
+        for _ in range(2):
+            assert ours(torch.ones(3), torch.ones(5)) == 3
     assert torch.equal(ours(torch.ones(4), torch.ones(4)), torch.full((4,), 2.0))
     assert (ours.entry_count(), ours.eager_calls) == (1, 2)
 

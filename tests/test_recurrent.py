@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from falling import falls_back
 from transformers import PreTrainedModel
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
@@ -121,7 +122,8 @@ def test_a_state_that_is_lost_is_noticed() -> None:
             patch.setattr(recurrence, "_function", forgetting)
             yield
 
-    row, error = _compared("qwen3_next", "dynamic", ((66, 1),), forgetful)
+    with falls_back("differs from eager"):
+        row, error = _compared("qwen3_next", "dynamic", ((66, 1),), forgetful)
     assert row.eager_calls == row.calls > 0 and "differs from eager" in str(row.fallback)
     assert error < 1e-4
 
@@ -133,7 +135,8 @@ def test_padding_that_is_ignored_is_noticed() -> None:
             patch.setattr(cache_masks, "_padded", lambda mask, embeds: torch.ones(embeds.shape[:2], dtype=torch.bool))
             yield
 
-    row, error = _compared("qwen3_next", "none", ((9, 3),), blind)
+    with falls_back("does not fit"):
+        row, error = _compared("qwen3_next", "none", ((9, 3),), blind)
     assert row.eager_calls > 0 and "does not fit" in str(row.fallback)
     assert error < 1e-4
 
@@ -207,7 +210,8 @@ def test_gradients_come_out_as_eager_has_them(model_type: str, compiled: bool) -
 
     want = gradients()
     apply(model, CompilationConfig(backend="eager"))
-    got = gradients()
+    with nullcontext() if compiled else falls_back("gradients do not go back"):
+        got = gradients()
     assert got.keys() == want.keys()
     for name, gradient in got.items():
         torch.testing.assert_close(gradient, want[name])

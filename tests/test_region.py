@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from falling import falls_back
 from torch import nn
 
 from compile_policy import events
@@ -102,7 +103,8 @@ def test_counters_say_what_happened() -> None:
     assert (row.graphs, row.calls, row.eager_calls, row.fallback) == (1, 5, 0, None)
     assert row.compile_seconds > 0 and sum(e.calls for found in ours.entries.values() for e in found) == 5
     ours.module(torch.rand(3, 4), twice=True)
-    ours.module(torch.rand(3, 4), torch.rand(3).as_subclass(type("Sub", (torch.Tensor,), {})))
+    with falls_back("mask is a Sub, a tensor subclass"):
+        ours.module(torch.rand(3, 4), torch.rand(3).as_subclass(type("Sub", (torch.Tensor,), {})))
     row = ours.report()
     assert (row.graphs, row.calls, row.eager_calls) == (2, 7, 1) and "Sub" in str(row.fallback)
 
@@ -131,12 +133,13 @@ def test_fallback_is_the_last_reason() -> None:
     ours.module(x)
     assert ours.fallback is None
     handle = ours.module.register_full_backward_hook(lambda *a: None)
-    ours.module(x)
+    with falls_back("the component has a backward hook"):
+        ours.module(x)
     assert ours.fallback == "the component has a backward hook"
     handle.remove()
     ours.module(x)
     assert ours.fallback == "the component has a backward hook" and ours.eager_calls == 1
-    with torch.overrides.BaseTorchFunctionMode():
+    with falls_back("TorchFunctionMode"), torch.overrides.BaseTorchFunctionMode():
         ours.module(x)
     assert "TorchFunctionMode" in str(ours.fallback) and ours.eager_calls == 2
 
@@ -172,8 +175,9 @@ class Scaled(nn.Module):
 def test_over_budget_eager_runs_right_and_says_so(heard: list[events.Event]) -> None:
     """A storm of a changing integer: compiled up to the budget, eager and right beyond, with the argument named."""
     ours = region(Scaled(), max_entries=2, on_budget="eager")
-    for k in range(6):
-        assert torch.equal(ours.module(torch.ones(2), k), torch.full((2,), float(k)))
+    with falls_back("needs more than max_entries=2 graphs"):
+        for k in range(6):
+            assert torch.equal(ours.module(torch.ones(2), k), torch.full((2,), float(k)))
     assert (ours.graphs, ours.calls, ours.eager_calls) == (2, 6, 4)
     assert "max_entries=2" in str(ours.fallback)
     named = [e.message for e in heard if e.kind == "new_entry"]
@@ -207,13 +211,15 @@ def test_a_fault_runs_eager_and_is_remembered(heard: list[events.Event]) -> None
     """A lowering that raises: right results, the cause in the report, and no second attempt for this key."""
     ours = region(lower=Failing(ValueError("no such kernel\nsecond line")))
     x = torch.rand(3, 4)
-    for _ in range(3):
-        assert torch.equal(ours.module(x), ours.module.forward(x))
-    assert (ours.graphs, ours.eager_calls) == (1, 3)
-    assert ours.fallback == "compiling failed with ValueError: no such kernel"
-    assert kinds(heard).count("fallback") == 1
-    ours.module(x, twice=True)
+    with falls_back("compiling failed with ValueError: no such kernel"):  # once
+        for _ in range(3):
+            assert torch.equal(ours.module(x), ours.module.forward(x))
+        assert (ours.graphs, ours.eager_calls) == (1, 3)
+        assert ours.fallback == "compiling failed with ValueError: no such kernel"
+        assert kinds(heard).count("fallback") == 1
+        ours.module(x, twice=True)
     assert ours.graphs == 2, "another key is another attempt"
+    assert ours.report().fallbacks == {"compiling failed with ValueError: no such kernel": 4}
 
 
 def test_a_fault_raises_the_original_where_asked() -> None:
@@ -229,7 +235,9 @@ def test_out_of_memory_in_compile_is_a_fault() -> None:
     """A MemoryError while compiling costs the compiled run, not the call."""
     ours = region(lower=Failing(MemoryError()))
     x = torch.rand(3, 4)
-    assert torch.equal(ours.module(x), ours.module.forward(x)) and "MemoryError" in str(ours.fallback)
+    with falls_back("not enough memory"):
+        assert torch.equal(ours.module(x), ours.module.forward(x))
+    assert "not enough memory" in str(ours.fallback)
 
 
 def test_a_fault_in_one_component_leaves_the_others_compiled() -> None:
@@ -237,7 +245,8 @@ def test_a_fault_in_one_component_leaves_the_others_compiled() -> None:
     model = nn.Sequential(Net(), Net()).eval()
     bad, good = region(model[0], lower=Failing(ValueError())), region(model[1])
     x = torch.rand(3, 4)
-    assert torch.equal(model(x), model[1].forward(model[0].forward(x)))
+    with falls_back("ValueError"):
+        assert torch.equal(model(x), model[1].forward(model[0].forward(x)))
     assert bad.fallback and not bad.entries and good.fallback is None and good.entry_count() == 1
 
 
@@ -246,7 +255,8 @@ def test_after_a_fault_the_module_is_what_it_was() -> None:
     model = nn.Sequential(Net()).eval()
     before = (list(model.state_dict()), [n for n, _ in model.named_modules()], type(model[0]), set(model[0].__dict__))
     ours = region(model[0], lower=Failing(ValueError()))
-    model(torch.rand(3, 4))
+    with falls_back("ValueError"):
+        model(torch.rand(3, 4))
     ours.detach()
     after = (list(model.state_dict()), [n for n, _ in model.named_modules()], type(model[0]), set(model[0].__dict__))
     assert after == before
@@ -330,7 +340,8 @@ def test_a_call_that_does_not_fit_the_signature() -> None:
 def test_a_scalar_where_a_row_was_declared_runs_eager() -> None:
     """A tensor without the declared dim is no crash of ours: eager decides."""
     ours = region(Scaled())
-    assert ours.module(torch.tensor(2.0), 3) == 6 and "dim 0 of x, which has 0 dims" in str(ours.fallback)
+    with falls_back("dim 0 of x, which has 0 dims"):
+        assert ours.module(torch.tensor(2.0), 3) == 6
 
 
 class Looks(nn.Module):
@@ -405,7 +416,7 @@ def test_other_hooks_run_eager_with_the_reason(kind: str) -> None:
         handle = nn.modules.module.register_module_forward_hook(lambda *a: seen.append(1))
     else:
         handle = module.register_full_backward_hook(lambda *a: seen.append(1))
-    with handle:
+    with handle, falls_back("hook"):
         module(x).sum().backward()
     assert seen and ours.eager_calls == 1 and "hook" in str(ours.fallback)
 
@@ -553,7 +564,7 @@ def test_defaults_of_the_process_belong_to_the_key() -> None:
         assert ours.module(x).dtype is torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
-    with torch.device("meta"):
+    with torch.device("meta"), falls_back("the call's tensors have no memory"):
         assert ours.module(x.to("meta")).device.type == "meta"
     assert ours.module(x).dtype is torch.float32
 
@@ -562,8 +573,9 @@ def test_vmap_and_forward_mode_run_eager() -> None:
     """Inside torch.func transformations a tensor is not what it seems: the module's own code runs."""
     ours = region(Scaled())
     ours.module(torch.ones(3), 2)
-    assert torch.equal(torch.func.vmap(lambda x: ours.module(x, 2))(torch.ones(4, 3)), torch.full((4, 3), 2.0))
-    _, tangent = torch.func.jvp(lambda x: ours.module(x, 2), (torch.ones(3),), (torch.ones(3),))
+    with falls_back("torch.func"):
+        assert torch.equal(torch.func.vmap(lambda x: ours.module(x, 2))(torch.ones(4, 3)), torch.full((4, 3), 2.0))
+        _, tangent = torch.func.jvp(lambda x: ours.module(x, 2), (torch.ones(3),), (torch.ones(3),))
     assert torch.equal(tangent, torch.full((3,), 2.0)) and ours.eager_calls == 2
 
 
@@ -652,8 +664,9 @@ def test_a_hook_that_notes_something_notes_it_once_a_call() -> None:
     module.inner.register_forward_hook(lambda m, a, result: noted.append(result))
     options = RegionOptions(backend="eager")
     ours = Region(module, role="component", binder=SignatureBinder.inferred(Wrapping), options=options)
-    for _ in range(3):
-        ours(torch.rand(2, 4))
+    with falls_back("inner has a hook"):
+        for _ in range(3):
+            ours(torch.rand(2, 4))
     assert len(noted) == 3
     assert (ours.graphs, ours.eager_calls, ours.fallback) == (0, 3, "inner has a hook")
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from compile_policy.config import CompilationConfig
 from compile_policy.configured import region_options
-from compile_policy.decorators import ClassPolicy, decorated, policy_of, use_config
+from compile_policy.decorators import ClassPolicy, decorated, use_config
 from compile_policy.errors import PolicyWarning
 from compile_policy.plan import Component, Plan
 from compile_policy.reach import register_reached, trust_folder
@@ -54,7 +54,7 @@ def apply(model: torch.nn.Module, config: CompilationConfig) -> Plan:
     planned = [_attach(model, component, config) for component in plan.compiled()]
     for module in model.modules():  # instances of a decorated class that turned out to be no component
         region = region_of(module)
-        if region is not None and region not in planned and policy_of(type(module)) is None:
+        if region is not None and region not in planned and not region.decorated:
             region.detach()
     if planned:
         compat.disable_auto_compile(model)
@@ -73,6 +73,8 @@ def _attach(model: torch.nn.Module, component: Component, config: CompilationCon
         owner, _, name = component.qualname.rpartition(".")
         module = as_chain(model.get_submodule(owner), name)
     region = region_of(module)
+    if region is not None and region.decorated:  # as the user wrote it
+        return region
     if region is None:
         region = Region(module, role=component.role, binder=binder_for(component.role, module))
         region.attach()

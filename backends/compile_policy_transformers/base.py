@@ -6,6 +6,7 @@ corrected where a decoder holds the head or a tower, so that what is compiled is
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,9 +18,13 @@ from transformers import PreTrainedConfig
 from compile_policy.errors import UnsupportedModelError
 from compile_policy.failure import place_in
 
-from .components import Found, as_model, holds, qualname, rule_for
+from .cache_argument import cache_parameter
+from .components import Found, as_model, generates, holds, qualname, rule_for
 from .forward_parts import parts_of
-from .multimodal import decoder_as_named, find_encoders
+from .multimodal import as_encoder, decoder_as_named, find_encoders
+
+#: Arguments of a module that is fed with text.
+_TEXT = {"input_ids", "inputs_embeds"}
 
 
 def _get_decoder_cls(config_or_model: PreTrainedConfig | nn.Module) -> type[nn.Module]:
@@ -54,6 +59,8 @@ def find_components(model: nn.Module) -> list[Found]:
         if decoder is not None and not decoder.obstacle:  # a rule's decoder may end in its head
             heads = [head for head in heads if not holds(decoder.module, head.module)]
         found = ([decoder] if decoder is not None else []) + encoders + heads
+        if decoder is None and not encoders and (itself := as_encoder(model)) is not None:
+            found = [itself]
     known = {f.qualname for f in found}
     claimed = [f.module for f in found]
     return found + [Found("projector", n, m) for n, m in _unclaimed(model, "", claimed) if n not in known]
@@ -103,7 +110,31 @@ def _find_decoder(model: nn.Module, others: list[nn.Module]) -> Found | None:
     module, obstacle = _descend(named, others)
     path = qualname(model, module)
     assert path is not None
-    return Found("decoder", path, module, obstacle=obstacle) if _holds_blocks(module, others) else None
+    if not _holds_blocks(module, others):
+        return None
+    if not is_language_decoder(model, module):
+        reads_text = bool(_TEXT & set(inspect.signature(module.forward).parameters))
+        return Found("encoder[text]", path, module) if reads_text and not obstacle else None
+    return Found("decoder", path, module, obstacle=obstacle)
+
+
+def is_language_decoder(model: nn.Module, module: nn.Module) -> bool:
+    """True if ``module`` continues a text: it takes token ids or their embeddings, or keeps a cache, and its attention
+    looks back alone.
+
+    A model that generates has one. Of others, causal attention tells: an encoder such as BERT takes a cache in its
+    signature, and looks both ways; what turns features into a depth map may be called a decoder, and takes no text.
+    """
+    parameters = set(inspect.signature(module.forward).parameters)
+    cached = cache_parameter(inspect.unwrap(type(module).forward)) is not None
+    if not cached and not parameters & _TEXT:
+        return False
+    if generates(model):
+        return True
+    looks_back = {m.is_causal for m in module.modules() if isinstance(getattr(m, "is_causal", None), bool)}
+    if not looks_back:  # no attention that says so: a state space, or code that is older than the attribute
+        return cached and getattr(module, "is_decoder", True) is not False
+    return True in looks_back
 
 
 def _descend(module: nn.Module, others: list[nn.Module]) -> tuple[nn.Module, str]:

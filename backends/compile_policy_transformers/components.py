@@ -23,7 +23,7 @@ class Found:
     """A module of a model that has a role.
 
     Attributes:
-        role: ``decoder``, ``encoder[image]`` (``video``, ``audio``), ``head`` or ``projector``.
+        role: ``decoder``, ``encoder[image]`` (``video``, ``audio``, ``text``), ``head`` or ``projector``.
         qualname: dotted path below the model; empty for the model itself.
         module: the module.
         modalities: what an encoder encodes; empty for the other roles.
@@ -98,6 +98,12 @@ def answering(model: nn.Module) -> nn.Module:
     return model if rule is None or not rule.inner else model.get_submodule(rule.inner)
 
 
+def generates(model: nn.Module) -> bool:
+    """Whether the class of a model says that it can generate text."""
+    can_generate = getattr(model, "can_generate", None)
+    return can_generate is not None and bool(can_generate())
+
+
 def qualname(model: nn.Module, module: nn.Module) -> str | None:
     """Dotted path of ``module`` below ``model``, ``None`` when it isn't there."""
     return next((name for name, candidate in model.named_modules() if candidate is module), None)
@@ -137,7 +143,8 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     cls = model_class(config)
     with torch.device("meta"):
         model: PreTrainedModel = cls(copy.deepcopy(config))  # building writes into the configuration
-    assert all(p.is_meta for p in model.parameters()), f"{cls.__name__} allocates while it is built"
+    # Some classes allocate all the same, with torch.FloatTensor or the like (xlnet, wav2vec2).
+    torch.nn.Module.to(model, "meta")
     model.eval()
     return model
 

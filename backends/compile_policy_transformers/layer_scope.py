@@ -11,7 +11,6 @@ import copy
 import gc
 import sys
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -31,7 +30,7 @@ from transformers.monkey_patching import (
 )
 from transformers.utils.output_capturing import OutputRecorder
 
-from compile_policy.errors import PolicyWarning
+from compile_policy.caller import warn_user
 from compile_policy.layers import Claim, LayerError
 from compile_policy.layers.checks import check_claim, conflicts, import_target
 from compile_policy.layers.identity import qualified
@@ -245,4 +244,4 @@ def _report_dead(scope: LayerScope, strict: bool) -> None:
         raise LayerError("\n".join(messages), remedy="Remove the override, or build the model inside the scope.")
     for message, (_, claim) in zip(messages, dead, strict=True):
         if claim.origin == "argument":
-            warnings.warn(f"{message} Build the model inside the scope.", PolicyWarning, stacklevel=4)
+            warn_user(f"{message} Build the model inside the scope.")

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from compile_policy.errors import UnsupportedModelError
 
-from .components import Found, as_model, holds, qualname, rule_for
+from .components import Found, as_model, generates, holds, qualname, rule_for
 
 MODALITIES = ("image", "video", "audio")
 
@@ -61,6 +61,15 @@ def find_encoders(model: nn.Module) -> list[Found]:
             modalities[tower] = _modalities_by_name(model, tower)
     _separate_video_tower(modalities)
     return [_found(model, tower, kinds) for tower, kinds in modalities.items()]
+
+
+def as_encoder(model: nn.Module) -> Found | None:
+    """The model itself as the encoder that it is, such as a ViT without a head; ``None`` for any other model."""
+    if not _is_tower("", model) or generates(model):
+        return None
+    assert isinstance(model, PreTrainedModel)
+    modality = "audio" if model.main_input_name in _SOUNDS else "image"
+    return Found(f"encoder[{modality}]", "", model, frozenset({modality}))
 
 
 def _found(model: nn.Module, tower: nn.Module, kinds: set[str]) -> Found:
@@ -120,6 +129,8 @@ def _towers(module: nn.Module, decoder: nn.Module | None) -> Iterator[nn.Module]
 
 def _is_tower(name: str, module: nn.Module) -> bool:
     if not isinstance(module, PreTrainedModel) or _reads_token_ids(module):
+        return False
+    if "encoder_hidden_states" in inspect.signature(module.forward).parameters:  # a decoder of sound (speecht5)
         return False
     # An image tokenizer (VQ-VAE) is used through encode(): calling it, and so compiling its call, never happens.
     if hasattr(module, "encode") and hasattr(module, "decode"):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch import nn
 
+from compile_policy.caller import warn_user
 from compile_policy.config import CompilationConfig
-from compile_policy.errors import PolicyWarning, UnsupportedModelError
+from compile_policy.errors import UnsupportedModelError
 from compile_policy.layers.registry import layer_notes
 from compile_policy.plan import Component, Decision, Plan
 
@@ -19,6 +19,7 @@ from .components import Found
 from .forward_parts import parts_of
 from .stacks import stacks_of
 
+TEXT_ENCODER = "encoder[text]"
 AUTO_COMPILE_NOTE = "generate()'s own auto-compile of the whole model is turned off while the policy is applied."
 ENCODER_FLAG = "--compile-mm-encoder (compile_mm_encoder=True)"
 EXPERIMENTAL = (
@@ -57,13 +58,13 @@ def make_plan(model: nn.Module, config: CompilationConfig) -> Plan:
             f"{type(model).__name__} has no separate image, video or audio encoder to compile.",
             remedy="Leave out --compile-mm-encoder (compile_mm_encoder=False) for this model.",
         )
-    obstacle = _whole_model_obstacle(model, found)
+    obstacle = _whole_model_obstacle(model, found, config)
     if obstacle is not None:
         _warn(type(model).__name__, obstacle)
         return _plan(model, [_component(f, *_eager(f, obstacle)) for f in found])
     components = [row for f in found for row in _rows(f, config)]
     if any(c.role.startswith("encoder") and c.decision == "compile" for c in components):
-        warnings.warn(EXPERIMENTAL, PolicyWarning, stacklevel=2)
+        warn_user(EXPERIMENTAL)
     return _plan(model, components)
 
 
@@ -88,7 +89,8 @@ def _rows(found: Found, config: CompilationConfig) -> list[Component]:
 
 
 def _is_encoder(found: Found) -> bool:
-    return found.role.startswith("encoder")
+    """Whether it encodes pictures, videos or sound: what ``compile_mm_encoder`` is about."""
+    return found.role.startswith("encoder") and found.role != TEXT_ENCODER
 
 
 def _eager(found: Found, obstacle: Obstacle) -> tuple[Decision, str, str]:
@@ -113,6 +115,10 @@ def _decide(found: Found, config: CompilationConfig) -> tuple[Decision, str, str
                 "",
             )
         return "eager", "encoders are compiled only when asked", f"Set {ENCODER_FLAG} to compile it."
+    if found.role == TEXT_ENCODER:
+        cls = type(found.module).__name__
+        remedy = f"Decorate its class ({cls}) with support_torch_compile to have it compiled."
+        return "eager", "a text encoder: it looks both ways and is no language decoder", remedy
     return _fixed(found)
 
 
@@ -140,17 +146,26 @@ def _switched_off(config: CompilationConfig) -> Obstacle | None:
     return None
 
 
-def _whole_model_obstacle(model: nn.Module, found: list[Found]) -> Obstacle | None:
+def _without_decoder(found: list[Found]) -> Obstacle:
+    """Why nothing of a model without a language decoder is compiled, and what would change that."""
+    text = next((f for f in found if f.role == TEXT_ENCODER), None)
+    decorate = f"Decorate its class ({type(text.module).__name__ if text else 'of the part to compile'})"
+    decorate += " with support_torch_compile to have it compiled."
+    if any(_is_encoder(f) for f in found):
+        return Obstacle("it has encoders and no language decoder", f"Set {ENCODER_FLAG} to compile them.")
+    if text is not None:
+        return Obstacle("it encodes text and continues none, so that there is no language decoder in it", decorate)
+    return Obstacle("unsupported model: no language decoder was found in it", decorate)
+
+
+def _whole_model_obstacle(model: nn.Module, found: list[Found], config: CompilationConfig) -> Obstacle | None:
     """The first reason why nothing of this model can be compiled."""
-    return next(_whole_model_obstacles(model, found), None)
+    return next(_whole_model_obstacles(model, found, config), None)
 
 
-def _whole_model_obstacles(model: nn.Module, found: list[Found]) -> Iterator[Obstacle]:
-    if not any(f.role == "decoder" for f in found):
-        yield Obstacle(
-            "unsupported model: no language decoder was found in it",
-            "Decorate the class of its decoder with support_torch_compile.",
-        )
+def _whole_model_obstacles(model: nn.Module, found: list[Found], config: CompilationConfig) -> Iterator[Obstacle]:
+    if not any(f.role == "decoder" or (_is_encoder(f) and config.compile_mm_encoder) for f in found):
+        yield _without_decoder(found)
     if _is_offloaded(model):
         yield Obstacle(
             "weights are offloaded, and their hooks cannot be part of a graph",
@@ -187,4 +202,4 @@ def _decoder_obstacle(found: Found) -> Obstacle | None:
 
 
 def _warn(what: str, obstacle: Obstacle) -> None:
-    warnings.warn(f"{what} runs eager: {obstacle.reason}. {obstacle.remedy}", PolicyWarning, stacklevel=4)
+    warn_user(f"{what} runs eager: {obstacle.reason}. {obstacle.remedy}")

@@ -25,6 +25,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from compile_policy import compat
+from compile_policy.binder import StepFailed
 from compile_policy.call_key import Call
 from compile_policy.entry import Entry
 from compile_policy_transformers.lengths import held_by
@@ -86,7 +87,12 @@ class Step:
         entry, held = self.entry, self.held
         entry.calls += 1
         self.left -= 1
-        results = entry.graph.run(self.leaves)
+        try:
+            results = entry.graph.run(self.leaves)
+        except Exception as error:
+            if held.grows:  # nothing but its results has to be written
+                raise StepFailed from error
+            raise
         if held.grows:
             held.take(results[self._results :])
             self.leaves[self._states] = held.tensors

@@ -6,7 +6,6 @@ import os
 import pwd
 import sys
 import tempfile
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +14,8 @@ from compile_policy.artifacts.disk import Disk
 from compile_policy.artifacts.places import check_folder, resolve
 from compile_policy.artifacts.secret import own_secret, read_secret
 from compile_policy.artifacts.store import LIMIT_BYTES, Store
-from compile_policy.errors import CacheError, PolicyWarning
+from compile_policy.caller import warn_user
+from compile_policy.errors import CacheError
 from compile_policy.settings import expand_home
 
 NAME = "compile_policy"
@@ -45,7 +45,7 @@ def open_store(
     except CacheError as error:
         message = f"compiled code is not kept on disk: {error}"
         events.emit("skipped", "", message)
-        warnings.warn(message, PolicyWarning, stacklevel=2)
+        warn_user(message)
         return None
 
 

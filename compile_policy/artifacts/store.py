@@ -6,7 +6,6 @@ import contextlib
 import secrets
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from compile_policy.artifacts.manifest import (
     name_on_disk,
 )
 from compile_policy.artifacts.reading import Artifact, read_artifact, sign
-from compile_policy.errors import PolicyWarning
+from compile_policy.caller import warn_user
 
 LIMIT_BYTES = 10 << 30
 LOCK_SECONDS = 600.0
@@ -277,7 +276,7 @@ class Store:
         with self._mutex:
             first, self._warned = not self._warned, True
         if first:
-            warnings.warn(f"compiled code is not kept on disk: {problem}. {remedy}", PolicyWarning, stacklevel=3)
+            warn_user(f"compiled code is not kept on disk: {problem}. {remedy}")
 
 
 class _Wait:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +18,7 @@ from compile_policy.cli.progress import progress
 from compile_policy.cli.recording import Events, TimeLine, events_to, trace_to
 from compile_policy.cli.session import TINY, Session, loading
 from compile_policy.cli.streaming import AnswerStreamer, Decode
-from compile_policy.cli.tables import print_report
+from compile_policy.cli.tables import Row, print_compiled, print_report
 from compile_policy.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ def generate(
         int, typer.Option("--max-new-tokens", metavar="N", min=1, help="At most this many.")
     ] = 32,
     verify: Annotated[bool, typer.Option("--verify", help="Run eager beside it; exit with 1 if unequal.")] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Exit with 1 if a component that is to be compiled ran eager."),
+    ] = False,
     dump_graphs: Annotated[
         str | None, typer.Option("--dump-graphs", metavar="DIR", help="Write the graphs here.")
     ] = None,
@@ -63,8 +67,18 @@ def generate(
     if as_json:
         print(json.dumps({"text": text, "components": rows, "equal_to_eager": equal}))
     else:
-        _show(session, config, rows, equal)
-    return 1 if equal is False else 0
+        _show(session, config, rows, equal, counted=verify or strict)
+    return 1 if equal is False or (strict and not all_compiled(rows)) else 0
+
+
+def all_compiled(rows: Sequence[Row]) -> bool:
+    """Whether something is to be compiled, every call of it was, and the decoder had one.
+
+    A tower that a question does not need is never called; a decoder that is not, is called past the policy.
+    """
+    wanted = [row for row in rows if row["decision"] == "compile"]
+    idle = [row for row in wanted if row["state"] == "idle" and row["role"] == "decoder"]
+    return bool(wanted) and not idle and all(row["state"] != "fell back" for row in wanted)
 
 
 @dataclass(frozen=True)
@@ -146,12 +160,16 @@ def _say(session: Session, name: str, question: Question, prompt: str) -> None:
     session.terminal.note(f"prompt  {prompt}", style="dim")
 
 
-def _show(session: Session, config: CompilationConfig, rows: list[dict[str, Any]], equal: bool | None) -> None:
+def _show(
+    session: Session, config: CompilationConfig, rows: Sequence[Row], equal: bool | None, *, counted: bool
+) -> None:
     out = session.terminal.out
     out.print()
     print_report(out, rows)
-    if equal is not None:
+    if counted:
         out.print()
+        print_compiled(out, rows)
+    if equal is not None:
         out.print(f"equal to eager: {'yes' if equal else 'no'}", style="bold green" if equal else "bold red")
     dumped = config.debug_dump_path
     if dumped is not None and Path(dumped).is_dir():

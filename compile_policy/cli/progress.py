@@ -13,6 +13,7 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from compile_policy.cli.terminal import Terminal, clean
 from compile_policy.errors import PolicyWarning
 from compile_policy.events import Event, listening
+from compile_policy.fallbacks import in_words
 
 
 class Progress:
@@ -58,8 +59,7 @@ class Progress:
 
     def _on_fallback(self, event: Event) -> None:
         self.stop()
-        remedy = str(event.data.get("remedy") or "")
-        self.warn(f"{event.component}: {event.message}", remedy)
+        self.warn(in_words(event.component, str(event.data["reason"]), str(event.data["remedy"])))
 
     def _on_budget(self, event: Event) -> None:
         self.warn(f"{event.component}: {event.message}")
@@ -67,12 +67,12 @@ class Progress:
     def _on_new_entry(self, event: Event) -> None:
         self.terminal.note(f"{event.component}: {event.message}", style="yellow")
 
-    def warn(self, message: str, remedy: str = "") -> None:
+    def warn(self, message: str) -> None:
         """One warning; the same one, told by an event and by Python's warnings, is printed once."""
         if message in self._said:
             return
         self._said.add(message)
-        self.terminal.warn(f"{message} {remedy}")
+        self.terminal.warn(message)
 
     def stop(self) -> None:
         """Take the spinner away and give the cursor back."""

@@ -19,16 +19,31 @@ from compile_policy.cli.terminal import clean
 
 Row = dict[str, Any]
 
-_STYLES = {"compile": "green", "eager": "default", "skip": "dim"}
-_COUNTS = ("graphs", "calls", "compile s")
+_STYLES = {"compile": "green", "compiled": "green", "eager": "default", "skip": "dim", "fell back": "bold yellow"}
+_COUNTS = ("graphs", "calls", "eager", "compile s")
 _GAP = 2
 _SENTENCE = 32  # columns that a sentence needs to read well
-_SHORT_TABLE = 66  # columns that the table of short things needs
+_SHORT_TABLE = 72  # columns that the table of short things needs
 
 
 def print_report(console: Console, rows: Sequence[Row]) -> None:
-    """One row a component: what was decided, why, and what happened."""
+    """One row a component: what it did in effect, why, and how often; then what would change a fallback."""
     _print_components(console, rows, counted=True)
+    for row in rows:
+        if row["fallback"] and row["remedy"]:
+            console.print(Text.assemble((f"{clean(row['role'])}: ", "bold"), clean(row["remedy"])))
+
+
+def print_compiled(console: Console, rows: Sequence[Row]) -> None:
+    """How many calls of each component were compiled, one sentence each."""
+    wanted = [row for row in rows if row["decision"] == "compile"]
+    for row in wanted:
+        compiled = row["calls"] - row["eager_calls"]
+        good = row["state"] == "compiled"
+        said = f"{compiled} of {row['calls']} {row['role']} calls were compiled"
+        console.print(Text(clean(said), style="green" if good else "bold yellow"))
+    if not wanted:
+        console.print(Text("nothing of this model is to be compiled", style="bold yellow"))
 
 
 def print_plan(console: Console, rows: Sequence[Row], notes: Iterable[str]) -> None:
@@ -97,9 +112,9 @@ def _print_components(console: Console, rows: Sequence[Row], *, counted: bool) -
 def _width_of_all(rows: Sequence[Row], *, counted: bool) -> int:
     names = max((max(len(row["role"]), len(row["qualname"])) for row in rows), default=0)
     classes = max((len(row["cls"]) for row in rows), default=0)
-    width = names + classes + len("decision") + _SENTENCE + 4 * _GAP
+    width = names + classes + len("fell back") + _SENTENCE + 4 * _GAP
     if counted:
-        width += sum(len(title) + _GAP for title in _COUNTS) + len("fallback")
+        width += sum(len(title) + _GAP for title in _COUNTS) + len("1 loaded") + len("fallback")
         width += _SENTENCE if any(row["fallback"] for row in rows) else 0
     return width
 
@@ -107,7 +122,7 @@ def _width_of_all(rows: Sequence[Row], *, counted: bool) -> int:
 def _full(rows: Sequence[Row], *, counted: bool) -> Table:
     """Everything in one table."""
     table = _table()
-    for title in ("component", "class", "decision"):
+    for title in ("component", "class", "state" if counted else "decision"):
         table.add_column(title, no_wrap=True)
     table.add_column("reason", max_width=72)
     if counted:
@@ -117,7 +132,8 @@ def _full(rows: Sequence[Row], *, counted: bool) -> Table:
         name = Text(clean(row["role"]), style="bold")
         if row["qualname"]:
             name.append(f"\n{clean(row['qualname'])}", style="not bold dim")
-        cells = [name, Text(clean(row["cls"])), _decision(row), Text(_why(row))]
+        decided = _state(row) if counted else _decision(row)
+        cells = [name, Text(clean(row["cls"])), decided, Text(_why(row))]
         if counted:
             cells += [*_counts(row), _fallback(row["fallback"])]
         table.add_row(*cells)
@@ -125,21 +141,22 @@ def _full(rows: Sequence[Row], *, counted: bool) -> Table:
 
 
 def _short(rows: Sequence[Row]) -> Table:
-    """What fits everywhere: roles, decisions, numbers."""
+    """What fits everywhere: roles, states, numbers."""
     table = _table()
     table.add_column("component", no_wrap=True)
-    table.add_column("decision", no_wrap=True)
+    table.add_column("state", no_wrap=True)
     _add_counts(table)
     table.add_column("fallback", no_wrap=True)
     for row in rows:
         name = Text(clean(row["role"]), style="bold")
-        table.add_row(name, _decision(row), *_counts(row), _fallback("see below" if row["fallback"] else None))
+        table.add_row(name, _state(row), *_counts(row), _fallback("see below" if row["fallback"] else None))
     return table
 
 
 def _sentences(row: Row, *, counted: bool, tabular: bool) -> Iterable[Text]:
     """What the short table leaves out, or all there is when there is no room for a table."""
-    yield Text.assemble((f"{row['decision']}: ", _STYLES.get(row["decision"], "")), _why(row))
+    decided = _state(row) if counted else _decision(row)
+    yield Text.assemble(decided, ": ", _why(row))
     if counted and not tabular:
         yield Text(", ".join(f"{title} {cell.plain}" for title, cell in zip(_COUNTS, _counts(row), strict=True)))
     if counted and (row["fallback"] or not tabular):
@@ -160,11 +177,19 @@ def _decision(row: Row) -> Text:
     return Text(clean(row["decision"]), style=_STYLES.get(row["decision"], ""))
 
 
+def _state(row: Row) -> Text:
+    """What a component did in effect; ``skip`` is eager by plan."""
+    return Text(clean(row["state"]), style=_STYLES.get(row["state"], ""))
+
+
 def _counts(row: Row) -> list[Text]:
-    """Graphs, calls, seconds; calls are only counted where there is a region to count them."""
+    """Graphs, calls, eager calls, seconds; calls are only counted where the policy sees them."""
     if row["decision"] != "compile":
-        return [Text(str(row["graphs"])), Text("-", style="dim"), Text("-", style="dim")]
-    return [Text(str(row["graphs"])), Text(str(row["calls"])), Text(f"{row['compile_seconds']:.1f}")]
+        return [Text("-", style="dim") for _ in _COUNTS]
+    made = [str(row["graphs"])] if row["graphs"] or not row["loaded"] else []
+    loaded = [f"{row['loaded']} loaded"] if row["loaded"] else []
+    took = f"{row['compile_seconds']:.1f}" if row["graphs"] or not row["loaded"] else "-"
+    return [Text(" + ".join(made + loaded)), Text(str(row["calls"])), Text(str(row["eager_calls"])), Text(took)]
 
 
 def _fallback(reason: str | None) -> Text:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import threading
-import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from compile_policy.errors import PolicyWarning
+from compile_policy.caller import warn_user
 from compile_policy.events import emit
 from compile_policy.layers import registry
 from compile_policy.layers.records import Claim
@@ -94,7 +93,7 @@ def _imported(entry: importlib.metadata.EntryPoint, origin: str) -> Plugin:
         reason = f"{type(error).__name__}: {error}"
         message = f"The layer plug-in {entry.name!r} of {origin} failed and is left out: {reason}."
         emit("skipped", "", message, plugin=entry.name, origin=origin)
-        warnings.warn(f"{message} Repair or uninstall it, or skip it by name.", PolicyWarning, stacklevel=4)
+        warn_user(f"{message} Repair or uninstall it, or skip it by name.")
         return Plugin(entry.name, origin, entry.value, "failed", error=reason)
     brought = tuple(replace(claim, origin=origin) for claim in claims)
     return Plugin(entry.name, origin, entry.value, "loaded", claims=brought)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import sys
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
-from compile_policy.errors import PolicyWarning
+from compile_policy.caller import warn_user
 from compile_policy.layers.checks import apply_claims, check_forward, find_target
 from compile_policy.layers.identity import code_digest, origin_of, qualified
 from compile_policy.layers.records import Claim, Kind, LayerError, LayerRecord, LayerRow, Snapshot
@@ -182,7 +181,7 @@ def check_claims(*, strict: bool = False) -> None:
     if dead and strict:
         raise LayerError("\n".join(dead), remedy="Correct the name, or remove the override.")
     for message in dead:
-        warnings.warn(f"{message} Correct the name, or remove the override.", PolicyWarning, stacklevel=2)
+        warn_user(f"{message} Correct the name, or remove the override.")
 
 
 def _hint(claim: Claim) -> str:
