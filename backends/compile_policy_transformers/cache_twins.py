@@ -75,6 +75,11 @@ def states_to_keep(window: int, held: int, new: int, device: torch.device) -> to
     return torch.arange(max(held + new - window + 1, 0), held + new, device=device)
 
 
+def new_states(window: int, held: int, new: int, device: torch.device) -> torch.Tensor:
+    """Index into (held | new states) of the new ones: a layer that records its past adds them to all that it has."""
+    return torch.arange(held, held + new, device=device)
+
+
 def slots_to_keep(slots: int, seen: int, new: int, device: torch.device) -> torch.Tensor:
     """Index into (slots | new states) of what a sliding static layer holds after this call.
 

@@ -7,7 +7,7 @@ tensors, rebuilds a cache of the same class around traced tensors, and writes th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from compile_policy_transformers import cache_moves
 from compile_policy_transformers import cache_states as states
 from compile_policy_transformers.cache_checks import check, own_attributes
 from compile_policy_transformers.cache_layers import MOVED, kind_of
-from compile_policy_transformers.cache_twins import rebuild_layer, slots_to_keep, states_to_keep
+from compile_policy_transformers.cache_twins import new_states, rebuild_layer, slots_to_keep, states_to_keep
 from compile_policy_transformers.releases import DummyLayer
 
 #: Labels of the dims that vary. A full dynamic layer and a sliding one hold different lengths.
@@ -65,8 +65,7 @@ class _CacheAdapter:
         )
         kept = cache_moves.flatten_moves(cache, groups, value.query_length, value.moved, out, path)
         for (kind, size, held), n in selects.items():
-            choose = slots_to_keep if kind == "static_sliding" else states_to_keep
-            index = choose(size, held, value.query_length, out.tensors[-1].device)
+            index = _CHOOSE[kind](size, held, value.query_length, out.tensors[-1].device)
             label = SLIDING_SLOTS if kind == "static_sliding" else SLIDING_KEPT
             out.add(index, f"{path}.select[{n}]", (label,), filler=_any_states)
         return (type(cache), layers, len(selects), kept, own_attributes(cache))
@@ -100,10 +99,9 @@ class _CacheAdapter:
             self._add(layer, out, path, SLOTS, mutable=True)
             out.add(layer.cumulative_length, f"{path}.cumulative_length", (), mutable=True, filler=_zero)
         elif kind == "sliding":
-            if layer.record_past:
-                raise NotCompilable("the cache records past states for assisted decoding")
-            self._add(layer, out, path, SLIDING_PAST)
-            place = ("sliding", layer.sliding_window, layer.keys.shape[2])
+            self._add(layer, out, path, SLIDING_PAST, last=layer.sliding_window - 1 if layer.record_past else None)
+            held = out.tensors[-1].shape[2]
+            place = ("recorded" if layer.record_past else "sliding", layer.sliding_window, held)
             if states.is_linear(layer):  # such decoders make positions from the number of tokens seen
                 seen = torch.tensor(layer.cumulative_length, device=layer.keys.device)
                 out.add(seen, f"{path}.seen", (), filler=_zero)
@@ -115,11 +113,17 @@ class _CacheAdapter:
         return (kind,)
 
     @staticmethod
-    def _add(layer: Any, out: Leaves, path: str, length: str, *, mutable: bool = False) -> None:
+    def _add(
+        layer: Any, out: Leaves, path: str, length: str, *, mutable: bool = False, last: int | None = None
+    ) -> None:
+        """Add keys and values; ``last``: only so many of the states, which are what attention sees of them."""
         if layer.keys is None:
             raise NotCompilable("a layer of the cache holds no states yet, such as those of cross-attention")
         for name in ("keys", "values"):
-            out.add(getattr(layer, name), f"{path}.{name}", ("batch", None, length, None), mutable=mutable)
+            held = getattr(layer, name)
+            if last is not None and held.shape[2] > last:
+                held = held[:, :, held.shape[2] - last :]
+            out.add(held, f"{path}.{name}", ("batch", None, length, None), mutable=mutable)
 
     def rebuild(self, spec: Any, leaves: Iterator[torch.Tensor]) -> Cache:
         cls, layer_specs, n_selects, kept, own = spec
@@ -161,7 +165,10 @@ class _CacheAdapter:
             if kind == MOVED:
                 cache_moves.settle(layer, value.moved[i], [(next(tensors), next(tensors)) for _ in range(s[2])])
             if kind in ("dynamic", "sliding"):
-                layer.keys, layer.values = next(tensors), next(tensors)
+                keys, values = next(tensors), next(tensors)
+                if kind == "sliding" and layer.record_past:  # all are kept until `crop` is called
+                    keys, values = torch.cat([layer.keys, keys], 2), torch.cat([layer.values, values], 2)
+                layer.keys, layer.values = keys, values
             if kind == "dynamic" and s[0] == "indexed":
                 layer.indexer_keys = next(tensors)
             if s[0] == "indexed" and s[2]:
@@ -192,6 +199,13 @@ def flatten_given(states: tuple[torch.Tensor, torch.Tensor], out: Leaves, path: 
 def _attention(spec: tuple[Any, ...]) -> tuple[Any, ...]:
     """The part of a layer's spec that is about keys and values."""
     return spec[1] if spec[0] in ("linear", "indexed") else spec
+
+
+_CHOOSE: dict[str, Callable[[int, int, int, torch.device], torch.Tensor]] = {
+    "static_sliding": slots_to_keep,
+    "sliding": states_to_keep,
+    "recorded": new_states,
+}
 
 
 def _zero(sizes: Mapping[str, int], shape: Sequence[int]) -> torch.Tensor:

@@ -83,6 +83,8 @@ def step_cache(cache: Cache, call: Call, entry: Entry) -> StepCache | None:
     if kinds != {StaticLayer} and not (kinds and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}):
         return None
     held = StepCache(cache, call)
+    if any(layer.record_past for layer in held.sliding):  # what it holds is more than what the graph was given
+        return None
     if entry.state_sizes != [len(held.tensors) if held.grows else 0] or len(held.places) != len(held.tensors):
         return None
     for place, t in zip(held.places, held.tensors, strict=True):
