@@ -77,6 +77,9 @@ class StepBinder(Binder, Protocol):
     ) -> None:
         """Told of every call that an entry has run on the ordinary road."""
 
+    def forget_steps(self) -> None:
+        """Told that the entries are gone."""
+
 
 @runtime_checkable
 class FormBinder(Binder, Protocol):

@@ -133,6 +133,7 @@ def _compile_once(
         graph = catcher.finish(results)
         if catcher.deferred is not None:
             graph.lower_ahead(catcher.deferred, labels, lowering)
+    catcher.graph = catcher.captured = catcher.deferred = catcher.short = None  # Dynamo keeps its backend
     return graph
 
 

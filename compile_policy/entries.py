@@ -39,6 +39,7 @@ _REMEDIES = {"InvalidCxxCompiler": "Install a C++ compiler such as g++, or name 
 T = TypeVar("T")
 #: What to do about a shortage.
 TRIED_AGAIN = "Mend that; the component is tried again in a while, or when the policy is applied again."
+_OFFLOADED = "weights of it are moved in by somebody else for each call (offloaded)"
 
 
 class PassingObstacle(NotCompilable):
@@ -119,6 +120,9 @@ class Entries:
             entry = self.find(call)  # another thread may have been here first
             if entry is not None:
                 return entry
+            if any(p.is_meta for p in self.module.parameters()):
+                self.forget()
+                raise PassingObstacle(_OFFLOADED, remedy="Keep the weights in memory to have the component compiled.")
             for unread in (frozenset[str](), *self.refused_unread):
                 if self.refused.check(_kind(call, unread)):
                     compat.forget_failed_probes()
@@ -139,6 +143,12 @@ class Entries:
                     return self._load(call, place) or self._make(call, place)
             finally:
                 call.forget_objects()
+
+    def forget(self) -> None:
+        """Let go of all entries, and of the weights that they are bound to."""
+        self.entries.clear()
+        self._shelf = None
+        self.fingerprint.forget()
 
     def _with_ranks(self, call: Call, place: Place) -> Entry | None:
         """The entry that one of the ranks has or makes; ``None`` where this one has to go on by itself."""

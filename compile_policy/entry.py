@@ -178,7 +178,10 @@ def build_entry(
             raise
         except Exception as error:
             raise ExampleUnfit(f"the component does not run on a synthetic example: {first_line(error)}") from error
-        for tensor in attribute_tensors(module):  # bound like parameters; their sizes are no sizes of the call
+        for tensor in (
+            *attribute_tensors(module),
+            *world.stand_ins.outside(),
+        ):  # bound like parameters; their sizes are no sizes of the call
             compat.mark_static(tensor)
         lowering = lowering.for_sizes(call.frequent) if call.frequent else lowering
         remake = reference.traceable

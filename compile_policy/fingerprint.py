@@ -71,6 +71,7 @@ class Fingerprint:
             epoch, hooks_made = structure_epoch(), compat.hooks_made()
             layers, last = registry_state(), self._last
             if last is None or layers != last[0] or not last[1].holds():
+                self._current, self._last = None, None  # should the look fail, the old number is nobody's
                 glance = Glance(self._module)
                 self._hooked = [(found, len(found)) for found in hooks_below(self._module)]
                 with _lock:
@@ -112,6 +113,15 @@ class Fingerprint:
                         remedy="Keep it as it is while the model runs.",
                     )
             known.update({w.place: w for w in watched if w.place not in known})
+
+    def forget(self) -> None:
+        """Let go of the objects that are watched and compared; numbers that were given are given to no other."""
+        with _lock:
+            self._known.clear()
+            self._last = None
+            self._hooked = []
+            for structure in self._by_number:
+                structure.watched = {}
 
     def attach(self) -> None:
         """From now on, notice at once what is registered with the module or below it."""

@@ -51,6 +51,10 @@ class ProvedEntries(Entries):
         self.proved: dict[tuple[int, Hashable], str] = {}
         self._runs_parts = bool(getattr(binder, "runs_parts", False))  # binding runs a part of the component
 
+    def forget(self) -> None:
+        super().forget()
+        self.proved.clear()
+
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Bring a call to its canonical form."""
         raise NotImplementedError

@@ -276,6 +276,11 @@ class Region(ProvedEntries):
         finally:
             self.forced_eager -= 1
 
+    def forget(self) -> None:
+        super().forget()
+        if isinstance(self.binder, StepBinder):
+            self.binder.forget_steps()
+
     def attach(self) -> None:
         compat.set_compiled_call_impl(self.module, self)
         self.fingerprint.attach()

@@ -108,6 +108,10 @@ class StandIns(TorchDispatchMode):
         """Storages from outside that the runs wrote into, as `compat.storage_of` gives them."""
         return frozenset(self._copies)
 
+    def outside(self) -> list[torch.Tensor]:
+        """The tensors from outside that were written."""
+        return [tensor for tensor, _ in self._copies.values()]
+
     def is_written(self, tensor: torch.Tensor) -> bool:
         return type(tensor) in _PLAIN and tensor.layout is torch.strided and compat.storage_of(tensor) in self._copies
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from compile_policy.tensors import OWN_ATTRIBUTES as _OWN
+from compile_policy.tensors import is_machinery
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
@@ -85,12 +86,16 @@ class Walk:
             return (value.__class__, value)
         if isinstance(value, _PLAIN) or depth >= _DEPTH:
             return _shallow(value)
-        if isinstance(value, (list, tuple, set, frozenset, Mapping, torch.Tensor)):
+        if isinstance(value, (list, tuple, set, frozenset, dict, torch.Tensor)) or (
+            isinstance(value, Mapping) and not is_machinery(type(value))
+        ):
             self.looked_into(value)
         if isinstance(value, (list, tuple)):
             return (value.__class__, tuple([self.value(v, depth + 1) for v in value]))
         if isinstance(value, (set, frozenset)):
             return (value.__class__, frozenset([self.value(v, depth + 1) for v in value]))
+        if isinstance(value, Mapping) and not isinstance(value, dict) and is_machinery(type(value)):
+            return _Same(value)  # such as accelerate's, which reads weights from disk
         if isinstance(value, Mapping):
             return (value.__class__, tuple([(_key(k), self.value(v, depth + 1)) for k, v in value.items()]))
         if isinstance(value, torch.Tensor):

@@ -40,7 +40,7 @@ ignore_attributes(
     PreTrainedConfig,
     ("_name_or_path", "_commit_hash", "transformers_version", "architectures", "id2label", "label2id"),
 )
-ignore_attributes(PreTrainedModel, ("name_or_path",))
+ignore_attributes(PreTrainedModel, ("name_or_path", *compat.SET_ON_MODELS))
 ignore_attributes(torch.nn.Module, ("_is_hf_initialized",))
 
 

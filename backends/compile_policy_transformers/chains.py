@@ -45,6 +45,12 @@ class LayerChain(nn.ModuleList):
             hidden_states = out[0] if self.picks else out
         return (hidden_states,) if self.picks else hidden_states
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """A copy or a pickle is a plain list of layers."""
+        left_out = ("rows", "picks", "_compiled_call_impl")
+        state = {name: value for name, value in vars(self).items() if name not in left_out}
+        return nn.ModuleList, (), state
+
     def __iter__(self) -> Iterator[nn.Module]:
         return iter((self,)) if self._is_walked() else super().__iter__()
 

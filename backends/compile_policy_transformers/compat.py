@@ -127,8 +127,28 @@ _MAY_COMPILE = "_valid_auto_compile_criteria"
 _COMPILES = "_compile_functions"
 
 
-def _never(*args: Any, **kwargs: Any) -> bool:
-    return False
+SET_ON_MODELS = (_MAY_COMPILE, _COMPILES)
+
+
+class _InPlaceOfMethod:
+    """Takes the place of a model's method on the instance; a copy or a pickle of the model has its own again."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.model, self.name = model, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.model, self.name)
+
+
+class _Never(_InPlaceOfMethod):
+    def __call__(self, *args: Any, **kwargs: Any) -> bool:
+        return False
+
+
+class _Uncompiled(_InPlaceOfMethod):
+    def __call__(self, *parts: Any) -> tuple[Any, ...]:
+        own: Any = self.model
+        return (own.model.encoder, own.forward, *parts)
 
 
 def disable_auto_compile(model: nn.Module) -> None:
@@ -138,10 +158,9 @@ def disable_auto_compile(model: nn.Module) -> None:
     """
     for part in model.modules():  # a model may let a part of it generate
         if hasattr(part, _MAY_COMPILE):
-            part.__dict__[_MAY_COMPILE] = _never
+            part.__dict__[_MAY_COMPILE] = _Never(part, _MAY_COMPILE)
     if hasattr(model, _COMPILES):  # block diffusion has a generate of its own, which never asks
-        own: Any = model
-        model.__dict__[_COMPILES] = lambda *parts: (own.model.encoder, own.forward, *parts)
+        model.__dict__[_COMPILES] = _Uncompiled(model, _COMPILES)
 
 
 def enable_auto_compile(model: nn.Module) -> None:

@@ -181,6 +181,9 @@ class DecoderBinder:
         """The short road: the single-token call that repeats the last one on its cache."""
         return self.steps.recognise(kwargs, here)
 
+    def forget_steps(self) -> None:
+        self.steps.forget()
+
     def ran(
         self, module: torch.nn.Module, kwargs: dict[str, Any], call: Call, entry: Entry, here: tuple[Any, ...]
     ) -> None:

@@ -120,6 +120,10 @@ class DecodeSteps:
             return None
         return step
 
+    def forget(self) -> None:
+        """Let go of all steps."""
+        self._steps.clear()
+
     def remember(
         self, kwargs: dict[str, Any], call: Call, entry: Entry, here: tuple[Any, ...], binder: Any, module: Any
     ) -> None:
