@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from torch import nn
 
 import compile_policy as cp
 from compile_policy.binder import SignatureBinder
+from compile_policy.errors import PolicyWarning
 from compile_policy.options import RegionOptions
 from compile_policy.region import Region, region_of
 from compile_policy_transformers import tiny_model
@@ -124,13 +126,17 @@ def test_a_component_notes_what_eager_notes(kind: str, capsys: pytest.CaptureFix
 
     regions: list[Region] = []
     _, expected = _used(kind, lambda m: m, sizes, capsys)
-    _, found = _used(kind, lambda m: regions.append(compiled(m)) or regions[-1], sizes, capsys)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        _, found = _used(kind, lambda m: regions.append(compiled(m)) or regions[-1], sizes, capsys)
     assert found == expected
+    assert any(issubclass(w.category, PolicyWarning) for w in told) is not RECORDERS[kind][1]  # eager, and loud
     assert (regions[0].graphs, regions[0].eager_calls) == ((1, 0) if RECORDERS[kind][1] else (0, 3))
     _, once_more = _used(kind, lambda m: m, (*sizes, 7), capsys)  # the comparison sees one call too many
     assert once_more != expected
 
 
+@pytest.mark.filterwarnings("ignore::compile_policy.errors.PolicyWarning")
 @pytest.mark.parametrize("kind", ["tensor of a closure", "list of a closure", "hook"])
 @torch.no_grad()
 def test_a_decoder_notes_what_eager_notes(kind: str) -> None:
