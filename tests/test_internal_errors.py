@@ -10,7 +10,7 @@ import torch
 from falling import falls_back
 from torch import nn
 
-from compile_policy import CompilationConfig, apply, entries
+from compile_policy import CompilationConfig, apply, entries, proof
 from compile_policy.applied import regions
 from compile_policy.entry import kept, restore
 from compile_policy.errors import CompileFault, InternalError, PolicyWarning
@@ -39,7 +39,7 @@ PLACES: dict[str, tuple[Any, str, str]] = {
     "key": (_CacheAdapter, "flatten", "the call was made canonical"),
     "lookup": (Region, "find", "an entry was looked for"),
     "compile": (entries, "build_entry", "the component was compiled"),
-    "proof": (Region, "misfit", "an entry was looked for"),
+    "proof": (proof, "_compared", "a result was compared with eager's"),
 }
 
 
@@ -54,11 +54,11 @@ def test_the_call_runs_eager(place: str, monkeypatch: pytest.MonkeyPatch) -> Non
     apply(model, CompilationConfig(backend="eager"))
     owner, name, doing = PLACES[place]
     monkeypatch.setattr(owner, name, broken)
-    with falls_back(f"decoder model runs eager: internal error of compile-policy while {doing}: KeyError: 'nothing'"):
+    with falls_back(f"internal error of compile-policy while {doing}: KeyError: 'nothing'"):
         got = model.generate(**inputs, **options)
     assert torch.equal(got, want)
     (region,) = regions(model)
-    assert region.eager_calls == region.calls == 4 and "Please report this" in region.remedy
+    assert region.eager_calls == region.calls == 4 and (place == "proof" or "Please report this" in region.remedy)
     monkeypatch.undo()
     apply(model, CompilationConfig(backend="eager"))
     model.generate(**inputs, **options)  # the control
