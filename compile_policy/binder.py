@@ -10,9 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from compile_policy.annotations import written
+from compile_policy.caller import warn_user
 from compile_policy.errors import DecorationError, NotCompilable
 from compile_policy.example import Filler
-from compile_policy.shapes import ArgDims, Labels, infer_dynamic_arg_dims, labels_for
+from compile_policy.shapes import ArgDims, Labels, forward_of, infer_dynamic_arg_dims, labels_for
 
 
 @dataclass(frozen=True)
@@ -89,16 +91,28 @@ class FormBinder(Binder, Protocol):
         """What kind of call this is, and which positions of its result count: (batch, sequence), ``None`` for all."""
 
 
+#: The dims of an argument that was inferred to hold tensors.
+_INFERRED = {0: None}
+
+
 class SignatureBinder:
     """Binds by the signature of ``forward``; dynamic dims as declared or inferred."""
 
-    def __init__(self, dims: ArgDims) -> None:
+    def __init__(self, dims: ArgDims, inferred_for: type | None = None) -> None:
+        """Take the dims; ``inferred_for`` is the class from whose annotations they come, if they do."""
         self.dims = dims
+        self._inferred_for = inferred_for
+        self._warned: set[str] = set()
         self._known: tuple[Any, inspect.Signature] | None = None
 
     @classmethod
     def inferred(cls, module_cls: type) -> SignatureBinder:
-        return cls(infer_dynamic_arg_dims(module_cls))
+        """Return a binder with the dims that the annotations of a class's ``forward`` give.
+
+        Raises:
+            DecorationError: no argument is annotated as a tensor.
+        """
+        return cls(infer_dynamic_arg_dims(module_cls), module_cls)
 
     def bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         try:
@@ -128,11 +142,35 @@ class SignatureBinder:
         name = path.split("[")[0].split(".")[0]
         dims = self.dims.get(name)
         if not dims:
+            self._warn_of_static(name, path, tensor)
             return (None,) * tensor.dim()
+        if tensor.dim() == 0 and self._inferred_for is not None and dims == _INFERRED:
+            return ()  # nobody said that this one has dims
         try:
             return labels_for(tensor, dims, path)
         except DecorationError as error:  # perhaps the caller's mistake, and then eager says so better
             raise NotCompilable(error.message, remedy=error.remedy) from None
+
+    def _warn_of_static(self, name: str, path: str, tensor: torch.Tensor) -> None:
+        """Warn, once an argument, that it holds a tensor although its annotation does not say so."""
+        cls = self._inferred_for
+        if cls is None or tensor.dim() == 0 or name in self._warned:
+            return
+        self._warned.add(name)
+        annotation = written(forward_of(cls), name)
+        found = "it has no annotation"
+        if annotation:
+            found = f"its annotation `{annotation}` does not say so"
+        better = "torch.Tensor"
+        if path != name:
+            better = "list[torch.Tensor]"
+        dims = dict.fromkeys([*self.dims, name], 0)
+        warn_user(
+            f"argument {name} of {cls.__qualname__}.forward holds a tensor, and {found}: its sizes are "
+            f"static. Each other size is compiled again, or runs eager where it has to agree with a "
+            f"dynamic one. Annotate the argument (for example `{name}: {better}`), or decorate the "
+            f"class with support_torch_compile(dynamic_arg_dims={dims})."
+        )
 
     @contextmanager
     def tracing(self, module: torch.nn.Module) -> Iterator[None]:

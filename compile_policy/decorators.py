@@ -212,6 +212,9 @@ def _attach(module: torch.nn.Module) -> None:
     else:
         override = config.dynamic_arg_dims.get(type(module).__name__)
         dims = dims_of(type(module), policy) if override is None else normalise(type(module), override)
-        binder = SignatureBinder(dims)
+        inferred_for = None
+        if override is None and policy.dynamic_arg_dims is None:
+            inferred_for = type(module)
+        binder = SignatureBinder(dims, inferred_for)
     options, own = region_options(config), _source(type(module)) not in _planned
     Region(module, role=policy.role, binder=binder, options=options, reason=DECORATED, decorated=own).attach()

@@ -7,7 +7,6 @@ equal sizes in every call of an entry; dims without a label are static and belon
 from __future__ import annotations
 
 import inspect
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,9 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
+from compile_policy.annotations import annotated_tensors
+from compile_policy.annotations import container_types as container_types
+from compile_policy.annotations import register_container as register_container
 from compile_policy.errors import DecorationError
 
 #: What an author may write for one argument: a dim, several dims, or dims with a shape id each.
@@ -24,9 +26,6 @@ ArgDims = dict[str, dict[int, str | None]]
 Labels = tuple[str | None, ...]
 #: First character of a label whose dims are traced without assumptions on their size.
 UNBACKED = "?"
-
-_TENSOR_NAMES = {"Tensor", "FloatTensor", "LongTensor", "IntTensor", "BoolTensor", "HalfTensor", "BFloat16Tensor"}
-_containers: dict[type, Callable[[Any], Mapping[str, torch.Tensor]]] = {}
 
 
 class IntermediateTensors:
@@ -74,21 +73,6 @@ class IntermediateTensors:
         return cls({n: torch.empty_like(t) for n, t in other.items()})
 
 
-def register_container(cls: type, tensors: Callable[[Any], Mapping[str, torch.Tensor]]) -> None:
-    """Let annotations of type ``cls`` count as dynamic: dim 0 of each tensor that ``tensors(value)`` yields.
-
-    Raises:
-        ValueError: ``cls`` is registered already.
-    """
-    if cls in _containers:
-        raise ValueError(f"{cls.__qualname__} is registered as a container already")
-    _containers[cls] = tensors
-
-
-def container_types() -> tuple[type, ...]:
-    return tuple(_containers)
-
-
 register_container(IntermediateTensors, lambda value: dict(value.items()))
 pytree.register_pytree_node(
     IntermediateTensors,
@@ -100,16 +84,14 @@ pytree.register_pytree_node(
 
 
 def infer_dynamic_arg_dims(cls: type) -> ArgDims:
-    """Dims that vary, from the annotations of ``cls.forward``: dim 0 of every tensor or container argument.
+    """Infer dims that vary from the annotations of ``cls.forward``: dim 0 of every tensor.
 
-    Understands ``Tensor`` and its typed forms, ``Optional``, unions, strings and ``from __future__ import
-    annotations``.
+    The tensors may be arguments, or lie in containers; `annotations` lists what is understood.
 
     Raises:
         DecorationError: no argument is annotated as a tensor.
     """
-    hints = _hints(cls)
-    dims: ArgDims = {name: {0: None} for name in _parameters(cls) if _is_tensor_like(hints.get(name))}
+    dims: ArgDims = {name: {0: None} for name in annotated_tensors(forward_of(cls))}
     if not dims:
         raise DecorationError(
             f"{cls.__qualname__}.forward has no argument annotated as a tensor, so no dynamic dimension was found.",
@@ -126,7 +108,7 @@ def normalise(cls: type, dims: Mapping[str, DimSpec]) -> ArgDims:
     """
     known = _parameters(cls)
     takes_any = any(
-        p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(_forward(cls)).parameters.values()
+        p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(forward_of(cls)).parameters.values()
     )
     result: ArgDims = {}
     for name, spec in dims.items():
@@ -178,42 +160,13 @@ def _one(cls: type, name: str, spec: DimSpec) -> dict[int, str | None]:
     return dict(items)
 
 
-def _forward(cls: type) -> Callable[..., Any]:
+def forward_of(cls: type) -> Callable[..., Any]:
+    """Return the ``forward`` that the author wrote, below wrappers by ``functools.wraps``."""
     forward: Callable[..., Any] = inspect.unwrap(cls.__dict__.get("forward") or getattr(cls, "forward"))  # noqa: B009
     return forward
 
 
 def _parameters(cls: type) -> list[str]:
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = list(inspect.signature(_forward(cls)).parameters.values())[1:]
+    parameters = list(inspect.signature(forward_of(cls)).parameters.values())[1:]
     return [p.name for p in parameters if p.kind not in kinds]
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    """Resolved annotations; a name that cannot be resolved stays the string it was written as."""
-    forward = _forward(cls)
-    try:
-        return typing.get_type_hints(forward)
-    except Exception:
-        return dict(inspect.get_annotations(forward))
-
-
-def _is_tensor_like(hint: Any) -> bool:
-    if hint is None or hint is inspect.Parameter.empty:
-        return False
-    if isinstance(hint, str):
-        return _string_is_tensor_like(hint)
-    if typing.get_origin(hint) in (typing.Union, types.UnionType, typing.Annotated):
-        return any(_is_tensor_like(a) for a in typing.get_args(hint))
-    if isinstance(hint, typing.ForwardRef):
-        return _string_is_tensor_like(hint.__forward_arg__)
-    if not isinstance(hint, type):
-        return False
-    # torch.FloatTensor and its siblings are types of a metaclass of their own, not subclasses of Tensor.
-    return issubclass(hint, torch.Tensor) or hint.__name__ in _TENSOR_NAMES or issubclass(hint, container_types())
-
-
-def _string_is_tensor_like(text: str) -> bool:
-    inner = text.replace("Optional[", "").replace("Union[", "").replace("]", "").replace(",", "|")
-    names = {part.strip().split(".")[-1] for part in inner.split("|")}
-    return bool(names & (_TENSOR_NAMES | {c.__name__ for c in _containers}))

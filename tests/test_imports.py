@@ -17,7 +17,8 @@ BACKENDS = ROOT / "backends"
 # Top to bottom; a room may import from its own row's left and from every row above. See docs/architecture.md.
 ROOMS = [
     {"lazy_names"}, {"shortage"}, {"errors"}, {"plan"}, {"events"}, {"caller"}, {"fallbacks"}, {"verdicts"},
-    {"versions"}, {"settings"}, {"compat_precision"}, {"compat"}, {"config"}, {"flags"}, {"shapes"},
+    {"versions"}, {"settings"}, {"compat_precision"}, {"compat"}, {"config"}, {"flags"}, {"annotations"},
+    {"shapes"},
 ]  # fmt: skip
 ONLY_IN = {
     "rich": ("cli", "graphs"),

@@ -15,7 +15,7 @@ from compile_policy.configured import region_options
 from compile_policy.explain import ComponentExplained, explain
 from compile_policy.graphs.source import model_source, op_name
 from compile_policy.region import Region
-from compile_policy.shapes import DimSpec, infer_dynamic_arg_dims, normalise
+from compile_policy.shapes import DimSpec, normalise
 from compile_policy.testing.captured import Captured
 
 Call = Callable[[Any, Any], Any]
@@ -152,7 +152,10 @@ def _policed(
     else:
         module = _part(model, component)
         cls = type(module)
-        binder = SignatureBinder(normalise(cls, dims) if dims is not None else infer_dynamic_arg_dims(cls))
+        if dims is None:
+            binder = SignatureBinder.inferred(cls)
+        else:
+            binder = SignatureBinder(normalise(cls, dims))
         region = Region(
             module, role="component", qualname=component or "", binder=binder, options=region_options(config)
         )
