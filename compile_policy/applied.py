@@ -17,6 +17,7 @@ import torch
 from compile_policy.backend import DEFAULT_BACKEND, Backend, find_backend
 from compile_policy.caller import warn_user
 from compile_policy.config import CompilationConfig
+from compile_policy.configured import check_dump_path
 from compile_policy.environment import obstacle
 from compile_policy.plan import Component, ComponentReport, Plan, Report
 from compile_policy.region import Region, region_of
@@ -37,9 +38,11 @@ def load_model(name: str | None = None, *, config: CompilationConfig | None = No
 
     Raises:
         PolicyError: the model cannot be loaded, or cannot do what the configuration asks.
+        ConfigError: nothing can be written to ``debug_dump_path``.
     """
-    backend, unsupported = _tested_backend()
     config = config or CompilationConfig()
+    check_dump_path(config)
+    backend, unsupported = _tested_backend()
     warn_of_reserved(config)
     model = backend.load_model(name, config=config, **kwargs)
     _plans[model] = _with_decorated(model, backend.apply(model, config))
@@ -77,9 +80,11 @@ def apply(model: M, config: CompilationConfig | None = None) -> M:
 
     Raises:
         UnsupportedModelError: the configuration asks for something that this model doesn't have.
+        ConfigError: nothing can be written to ``debug_dump_path``; the model stays as it was.
     """
-    remove(model)
     config = config or CompilationConfig()
+    check_dump_path(config)
+    remove(model)
     warn_of_reserved(config)
     backend, unsupported = _tested_backend()
     _plans[model] = _with_decorated(model, backend.apply(model, config))

@@ -1,0 +1,58 @@
+"""What cannot be done as asked is said before the run, or named for what it is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from compile_policy import CompilationConfig, apply, load_model
+from compile_policy.applied import regions
+from compile_policy.cli import main
+from compile_policy.errors import ConfigError
+from compile_policy_transformers import tiny_inputs, tiny_model
+
+#: Places below a temporary folder that holds the file "file", and the cause that is told of each.
+UNWRITABLE = {"file": "it is there and is no folder", "file/below": "Not a directory"}
+
+
+@pytest.mark.parametrize("place", UNWRITABLE)
+def test_a_dump_that_cannot_be_written_is_an_error_at_once(place: str, tmp_path: Path) -> None:
+    """Path, cause and remedy; the policy that the model had stays."""
+    (tmp_path / "file").touch()
+    model = tiny_model("llama")
+    apply(model, CompilationConfig(backend="eager"))
+    before = regions(model)
+    config = CompilationConfig(backend="eager", debug_dump_path=tmp_path / place)
+    with pytest.raises(ConfigError) as raised:
+        apply(model, config)
+    said = str(raised.value)
+    assert f"cannot be written to {tmp_path / place}: {UNWRITABLE[place]}. Name a folder" in said
+    assert regions(model) == before
+    with pytest.raises(ConfigError, match="cannot be written"):
+        load_model("a model that is not there", config=config)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full") or not os.path.isdir("/proc/self"), reason="Linux only")
+def test_a_file_system_that_takes_no_files(tmp_path: Path) -> None:
+    """A folder that exists and takes no file, whoever asks; a new folder does, and nothing of the try is left."""
+    with pytest.raises(ConfigError, match="cannot be written to /proc/self"):
+        apply(tiny_model("llama"), CompilationConfig(backend="eager", debug_dump_path="/proc/self"))
+    model = tiny_model("llama")
+    apply(model, CompilationConfig(backend="eager", debug_dump_path=tmp_path / "new" / "dump"))
+    assert [path.name for path in (tmp_path / "new" / "dump").iterdir()] == ["runs"]
+    with torch.no_grad():
+        model(**tiny_inputs(model, text_len=5))
+    assert (tmp_path / "new" / "dump" / "index.json").exists()
+
+
+@pytest.mark.parametrize("place", UNWRITABLE)
+def test_the_command_line_says_it_in_a_line(place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 2, one line, and nothing was loaded."""
+    (tmp_path / "file").touch()
+    code = main(["generate", "tiny:llama", "--dump-graphs", str(tmp_path / place)])
+    out, err = capsys.readouterr()
+    assert (code, out, err.strip().count("\n")) == (2, "", 0), err
+    assert "cannot be written to" in err and UNWRITABLE[place] in err
