@@ -23,7 +23,7 @@ from compile_policy.entry import Entry, ExampleUnfit, build_entry
 from compile_policy.errors import BudgetExceeded, InternalError, NotCompilable, PolicyWarning, first_line
 from compile_policy.events import emit
 from compile_policy.example import examples
-from compile_policy.failure import Failure, failure_of, of_this_package
+from compile_policy.failure import Failure, explanation_of, failure_of, of_this_package
 from compile_policy.fingerprint import Fingerprint
 from compile_policy.options import RegionOptions
 from compile_policy.saving import Place, Shelf, entry_between_ranks
@@ -309,6 +309,9 @@ class Entries:
             raise Shortage(f"compiling failed, {lacking}", remedy=TRIED_AGAIN) from cause
         if of_this_package(cause):
             raise InternalError("the component was compiled", cause)
+        explained = explanation_of(cause, self.module)
+        if explained is not None:
+            raise NotCompilable(explained[0], remedy=explained[1]) from cause
         found = _failure(cause)
         reason = f"compiling failed with {first_line(cause)}"
         if found.cause not in reason:  # what Dynamo says was read

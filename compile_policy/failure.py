@@ -30,6 +30,7 @@ _NODE = re.compile(
 _HINT = re.compile(r"^\s*Hint: (.*)$", re.M)
 _helpers: set[str] = set()  # names of Python packages
 _known: dict[str, tuple[str, str]] = {}  # operation -> (cause, remedy)
+_readers: list[Callable[[BaseException, Any], tuple[str, str] | None]] = []
 
 
 def helpers_of_models(package: str) -> None:
@@ -40,6 +41,20 @@ def helpers_of_models(package: str) -> None:
 def known_cause(op: str, cause: str, remedy: str) -> None:
     """Declare what it means that ``op`` cannot be traced, where a library has a reason of its own."""
     _known[op] = cause, remedy
+
+
+def explained_by(reader: Callable[[BaseException, Any], tuple[str, str] | None]) -> None:
+    """Declare what reads an exception of a compile, given the component too: (cause, remedy), or ``None``."""
+    _readers.append(reader)
+
+
+def explanation_of(error: BaseException, module: Any) -> tuple[str, str] | None:
+    """(cause, remedy) where a library knows what in ``module`` an exception comes from."""
+    for reader in _readers:
+        found = reader(error, module)
+        if found is not None:
+            return found
+    return None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from falling import falls_back
 
 from compile_policy import CompilationConfig, apply, load_model
 from compile_policy.applied import regions
@@ -56,3 +57,42 @@ def test_the_command_line_says_it_in_a_line(place: str, tmp_path: Path, capsys: 
     out, err = capsys.readouterr()
     assert (code, out, err.strip().count("\n")) == (2, "", 0), err
     assert "cannot be written to" in err and UNWRITABLE[place] in err
+
+
+@pytest.mark.parametrize("by", ["argument", "configuration"])
+@torch.no_grad()
+def test_attention_weights_are_named(by: str) -> None:
+    """A call that asks for weights runs eager for that reason; the next call without is compiled."""
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")
+    inputs = tiny_inputs(model, text_len=5)
+    asked = {"output_attentions": True} if by == "argument" else {}
+    model.config.output_attentions = by == "configuration"
+    want = model(**inputs, **asked).attentions
+    apply(model, CompilationConfig(backend="eager"))
+    with falls_back("the decoder is asked for attention weights (output_attentions)"):
+        got = model(**inputs, **asked).attentions
+    assert len(got) == len(want) > 0 and all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+    model.config.output_attentions = False
+    (region,) = regions(model)
+    model(**inputs)
+    assert (region.calls, region.eager_calls, region.graphs) == (2, 1, 1)
+
+
+@pytest.mark.parametrize(("place", "named"), [("model.layers.1.mlp", "layers.1.mlp (LlamaMLP)"), ("model", "")])
+@torch.no_grad()
+def test_a_hook_of_accelerate_is_named(place: str, named: str) -> None:
+    """The sub-module and how to take the hook off, after which the model is compiled."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = tiny_model("llama")
+    inputs = tiny_inputs(model, text_len=5)
+    hooks.add_hook_to_module(model.get_submodule(place), hooks.AlignDevicesHook(execution_device="cpu"))
+    apply(model, CompilationConfig(backend="eager"))
+    owner = f"the sub-module {named}" if named else "the component"
+    with falls_back(f"{owner} has a hook of accelerate (AlignDevicesHook)"):
+        model(**inputs)
+    assert "accelerate.hooks.remove_hook_from_module" in regions(model)[0].remedy
+    hooks.remove_hook_from_module(model, recurse=True)
+    apply(model, CompilationConfig(backend="eager"))
+    model(**inputs)
+    assert (regions(model)[0].eager_calls, regions(model)[0].graphs) == (0, 1)

@@ -14,6 +14,7 @@ from compile_policy.config import CompilationConfig
 from compile_policy.configured import region_options
 from compile_policy.decorators import ClassPolicy, decorated, use_config
 from compile_policy.errors import PolicyWarning
+from compile_policy.failure import explained_by
 from compile_policy.plan import Component, Plan
 from compile_policy.reach import register_reached, trust_folder
 from compile_policy.region import Binder, Region, region_of
@@ -35,6 +36,7 @@ from compile_policy_transformers.vision import EncoderBinder, is_grid_tower
 use_for_outputs()
 trust_folder(os.path.dirname(__file__))
 register_reached(attention.chosen_functions)
+explained_by(compat.hook_that_stops)
 # Where a checkpoint is from and what its classes are called: two checkpoints of one architecture run the same graph.
 ignore_attributes(
     PreTrainedConfig,

@@ -267,6 +267,11 @@ def traced_with(configs: list[PreTrainedConfig], name: str) -> Iterator[None]:
             config._attn_implementation_internal = given
 
 
+def is_eager(module: torch.nn.Module) -> bool:
+    """Whether the user chose attention that is written out, which also returns its weights, anywhere in ``module``."""
+    return any(config._attn_implementation == "eager" for config in configs_below(module))
+
+
 def configs_below(module: torch.nn.Module) -> list[PreTrainedConfig]:
     """The distinct configurations that ``module`` and its sub-modules read their attention from."""
     found: dict[int, PreTrainedConfig] = {}

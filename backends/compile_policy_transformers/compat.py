@@ -23,6 +23,10 @@ from compile_policy.walk import trace_hooks_of
 trace_hooks_of(output_capturing_of_transformers.__name__)  # they note what the graph returns
 trace_hooks_of("transformers.modeling_utils")  # makes embeddings require gradients, outside the graph
 helpers_of_models("transformers.utils")  # decorators around a model's methods
+_WITHOUT_HOOKS = (
+    "Where all weights are on one device, take the hooks off with "
+    "accelerate.hooks.remove_hook_from_module(model, recurse=True), or load the model without dispatching it."
+)
 known_cause(  # CompileableContextVar.reset: the inner model's ends what the outer one's set() began
     "ContextVar.get",
     "before this line a model inside was called, which ended the collecting of outputs for both; what is asked after "
@@ -58,6 +62,19 @@ def offload_hooks(module: nn.Module) -> Iterator[Any]:
         for one in getattr(hook, "hooks", (hook,)):
             if getattr(one, "offload", False):
                 yield one
+
+
+def hook_that_stops(error: BaseException, module: nn.Module) -> tuple[str, str] | None:
+    """(cause, remedy) where tracing stopped in a hook of accelerate, which Dynamo is forbidden to enter."""
+    files = [frame.filename.replace("\\", "/") for frame in getattr(error, "real_stack", None) or ()]
+    hooked = [(name, child) for name, child in module.named_modules() if "_hf_hook" in child.__dict__]
+    if not hooked or not any(file.endswith("accelerate/hooks.py") for file in files):
+        return None
+    name, child = hooked[0]
+    what = f"the sub-module {name} ({type(child).__name__})" if name else "the component"
+    kind = type(child.__dict__["_hf_hook"]).__name__
+    others = f", and {len(hooked) - 1} more" if len(hooked) > 1 else ""
+    return f"{what} has a hook of accelerate ({kind}{others}), which cannot be part of a graph", _WITHOUT_HOOKS
 
 
 def quantizer(model: nn.Module) -> Any | None:

@@ -67,6 +67,12 @@ _BEHIND = "hidden_states"
 #: Decoding takes one token after the other.
 _FREQUENT_SIZES = {"batch": 1, "sequence": 1}
 
+_WEIGHTS = "output_attentions"
+_ASKED_FOR_WEIGHTS = (
+    "the decoder is asked for attention weights (output_attentions), which compiled attention leaves out"
+)
+_NO_WEIGHTS = "Leave output_attentions out of the calls that need no weights; those are compiled."
+
 
 class DecoderBinder:
     """Binds calls of one decoder instance."""
@@ -109,6 +115,9 @@ class DecoderBinder:
 
     def bind(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         values = self._by_name(args, kwargs)
+        weights = values.get(_WEIGHTS, getattr(getattr(module, "config", None), _WEIGHTS, False))
+        if weights and self.masks.implementation == attention.DECODER and attention.is_eager(module):
+            raise NotCompilable(_ASKED_FOR_WEIGHTS, remedy=_NO_WEIGHTS)
         tokens = values.get(IDS)
         embeds = self._embeds(module, values)
         if self.by_ids is None:
