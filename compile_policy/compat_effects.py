@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._dynamo.exc import Unsupported
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.base import AttributeMutationExisting, ValueMutationExisting
 
@@ -20,21 +21,32 @@ class Stopped(Exception):
     """The trace is complete, and is not to be run."""
 
 
-def stop_and_note(effects: list[str]) -> Callable[..., Any]:
-    """A backend of Dynamo that puts down the effects on Python objects from outside, and runs nothing."""
+def raised_by_the_code(error: BaseException) -> bool:
+    """True if the traced code itself raised, so that an eager run on the same arguments would raise too."""
+    return isinstance(error, Unsupported) and str(error).lstrip().startswith("Observed exception")
+
+
+def stop_and_note(effects: list[str], owned: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """A backend of Dynamo that puts down the effects on Python objects from outside, and runs nothing.
+
+    Args:
+        owned: names of sources below which effects do not count.
+    """
 
     def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
-        effects.extend(_noted(InstructionTranslator.current_tx()))
+        effects.extend(_noted(InstructionTranslator.current_tx(), owned))
         raise Stopped
 
     return backend
 
 
-def _noted(translator: Any) -> list[str]:
+def _noted(translator: Any, owned: tuple[str, ...]) -> list[str]:
     found: list[str] = []
     effects = translator.output.side_effects
     for variable in list(effects.id_to_variable.values()):
         if isinstance(variable.mutation_type, _EXISTING) and effects.is_modified(variable):
+            if owned and _source_name(variable).startswith(owned):
+                continue
             names = _changed_attributes(translator.output, variable)
             if names is None and not _holds_the_same(variable):
                 found.append(f"writes into {_place(variable)}")
@@ -98,14 +110,20 @@ def _fake_of(variable: Any) -> Any:
     return None if proxy is None else proxy.node.meta.get("example_value")
 
 
-def _place(variable: Any) -> str:
-    source = variable.source
-    if source is None:
-        return f"a {variable.python_type_name()}"
+def _source_name(variable: Any) -> str:
+    """How Dynamo reaches the object; empty where it does not say."""
+    if variable.source is None:
+        return ""
     try:
-        name = source.name
-        text = str(name() if callable(name) else name)
+        name = variable.source.name
+        return str(name() if callable(name) else name)
     except Exception:
+        return ""
+
+
+def _place(variable: Any) -> str:
+    text = _source_name(variable)
+    if not text:
         return f"a {variable.python_type_name()}"
     text = text.replace("L['run'].__closure__[0].cell_contents", "forward")
     return text.replace("forward.__self__", "self")

@@ -35,8 +35,13 @@ class ChangesItself(NotCompilable):
         self.always = always
 
 
-def effects_of(run: Callable[..., Any], leaves: Sequence[torch.Tensor], module: torch.nn.Module) -> list[str]:
+def effects_of(
+    run: Callable[..., Any], leaves: Sequence[torch.Tensor], module: torch.nn.Module, owned: Sequence[object] = ()
+) -> list[str]:
     """What ``run(*leaves)``, which calls ``module``, would change in Python, in words.
+
+    Args:
+        owned: objects made for the run, whose changes do not count.
 
     Raises:
         Exception: whatever tracing raises, such as for a line that prints.
@@ -50,7 +55,9 @@ def effects_of(run: Callable[..., Any], leaves: Sequence[torch.Tensor], module: 
 
     code = traced.__code__.replace(co_name=f"traced_{next(_serial)}")  # Dynamo files what it knows under the code
     fresh = types.FunctionType(code, traced.__globals__, "traced", None, traced.__closure__)
-    compiled: Any = torch.compile(fresh, backend=stop_and_note(found), fullgraph=True, dynamic=False)
+    compiled: Any = torch.compile(
+        fresh, backend=stop_and_note(found, _names_of(run, owned)), fullgraph=True, dynamic=False
+    )
     try:
         with ExitStack() as stack:
             stack.enter_context(torch._dynamo.config.patch(specialize_int=True, specialize_float=True))
@@ -61,3 +68,16 @@ def effects_of(run: Callable[..., Any], leaves: Sequence[torch.Tensor], module: 
         if not isinstance(original_error(error), Stopped):
             raise
     return found
+
+
+def _names_of(run: Callable[..., Any], owned: Sequence[object]) -> tuple[str, ...]:
+    """How Dynamo names objects that ``run`` closes over, or that are items of a dict that it closes over."""
+    names: list[str] = []
+    for number, cell in enumerate(getattr(run, "__closure__", None) or ()):
+        name = f"L['run'].__closure__[{number}].cell_contents"
+        held = cell.cell_contents
+        if any(held is one for one in owned):
+            names.append(name)
+        elif type(held) is dict:
+            names += [f"{name}[{key!r}]" for key, item in held.items() if any(item is one for one in owned)]
+    return tuple(names)

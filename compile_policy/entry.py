@@ -12,6 +12,7 @@ import torch
 from compile_policy import compat
 from compile_policy.call_key import Call, adapted, public_value
 from compile_policy.capture import compile_call
+from compile_policy.compat_effects import raised_by_the_code
 from compile_policy.compiled import CompiledGraph
 from compile_policy.errors import NotCompilable, first_line
 from compile_policy.example import another_example, copies
@@ -171,7 +172,7 @@ def build_entry(
     """
     with unseen(module) as world:
         if world.users:  # a trace comes before any run
-            refuse_effects_of_layers(partial(run_of, call), copies(example), module, world.users)
+            _refuse_effects(call, example, module, world.users)
         try:
             reference = Reference(module, call, example, world)
         except NotCompilable:
@@ -197,6 +198,17 @@ def build_entry(
             for leaves in _two_sizes(call, example, labels, graph):
                 reference.check_gradients(graph, leaves)
     return entry
+
+
+def _refuse_effects(call: Call, example: list[torch.Tensor], module: torch.nn.Module, users: str) -> None:
+    try:
+        refuse_effects_of_layers(partial(run_of, call), copies(example), module, users)
+    except NotCompilable:
+        raise
+    except Exception as error:
+        if not raised_by_the_code(error):
+            raise
+        raise ExampleUnfit(f"the component does not run on a synthetic example: {first_line(error)}") from error
 
 
 def _wants_gradients(call: Call, graph: CompiledGraph) -> bool:

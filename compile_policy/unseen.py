@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from compile_policy.compat import original_error
 from compile_policy.effects import ChangesItself, effects_of
 from compile_policy.errors import NotCompilable, first_line
+from compile_policy.failure import failure_of
 from compile_policy.random_state import kept_random_state
 from compile_policy.reach import Reached
 from compile_policy.shadow import different_layers, layer_list, with_layers
@@ -70,22 +72,23 @@ def refuse_hooks(module: torch.nn.Module) -> None:
 
 
 def refuse_effects(
-    run: Callable[..., Any], leaves: Sequence[torch.Tensor], module: torch.nn.Module, users: str
+    run: Callable[..., Any],
+    leaves: Sequence[torch.Tensor],
+    module: torch.nn.Module,
+    users: str,
+    owned: Sequence[object] = (),
 ) -> None:
-    """Raises NotCompilable when a run of code of the user's may leave something behind.
+    """Refuse a run of the user's code that may leave something behind.
 
     Args:
         users: where that code was found.
+        owned: objects made for the run, which it may change.
+
+    Raises:
+        ChangesItself: it would change Python state.
+        Exception: whatever tracing raises where the code cannot be traced, which a capture would raise too.
     """
-    try:
-        found = effects_of(run, leaves, module)
-    except NotCompilable:
-        raise
-    except Exception as error:
-        raise NotCompilable(
-            f"{users} is code of your own, and what a trial run would leave behind is not known: {first_line(error)}",
-            remedy="Write it so that it can be traced, or decorate a part that can.",
-        ) from error
+    found = effects_of(run, leaves, module, owned)
     if found:
         raise ChangesItself(f"{users} {found[0]}, which a graph would not do", always=False)
 
@@ -109,7 +112,7 @@ def refuse_effects_of_layers(
             refuse_effects(remake(with_layers(module, path, few)), leaves, module, users)
         except ChangesItself:
             raise
-        except NotCompilable:  # it does not run with fewer layers
+        except Exception:  # it does not run with fewer layers
             if len(few) == len(layers):
                 raise
         else:
@@ -118,12 +121,19 @@ def refuse_effects_of_layers(
 
 
 def probed(
-    module: torch.nn.Module, run: Callable[[], R], own: Iterable[torch.Tensor] = (), *, gradients: bool = False
+    module: torch.nn.Module,
+    run: Callable[[], R],
+    own: Iterable[torch.Tensor] = (),
+    *,
+    owned: Sequence[object] = (),
+    gradients: bool = False,
 ) -> R:
     """The result of ``run``, which calls parts of ``module`` with made-up arguments, unnoticed.
 
     Args:
         own: tensors made for the run, which it may write into.
+        owned: other objects made for the run, which it may change: what ``run`` closes over, or items of a dict that
+            it closes over.
         gradients: the result is used, so that gradients go back through it.
 
     Raises:
@@ -132,6 +142,22 @@ def probed(
     with unseen(module) as made:
         made.stand_ins.allow(own)
         if made.users:
-            refuse_effects(run, (), module, made.users)
+            _refuse_probe(run, module, made.users, owned)
         with made.stand_ins, torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
             return run()
+
+
+def _refuse_probe(run: Callable[[], Any], module: torch.nn.Module, users: str, owned: Sequence[object]) -> None:
+    try:
+        refuse_effects(run, (), module, users, owned)
+    except NotCompilable:
+        raise
+    except Exception as error:
+        fault = NotCompilable("")
+        fault.__cause__ = original_error(error)
+        found = failure_of(fault)
+        where = f" at {found.place}" if found.place else ""
+        raise NotCompilable(
+            f"{users} is code of your own, which cannot be traced{where}: {found.cause or first_line(error)}",
+            remedy=found.remedy or "Write it so that it can be traced, or decorate a part that can.",
+        ) from error

@@ -58,6 +58,14 @@ def _scale(x: torch.Tensor, by: float) -> torch.Tensor:
     return x * by
 
 
+def _nested(levels: int, **values: Any) -> SimpleNamespace:
+    """A namespace with ``values`` so many levels below it, each in the attribute ``below``."""
+    found = SimpleNamespace(**values)
+    for _ in range(levels):
+        found = SimpleNamespace(below=found)
+    return found
+
+
 class Scale:
     """A callable with a state."""
 
@@ -90,7 +98,7 @@ class Base(nn.Module):
         self.config = Config()
         self.scale = Scale(2.0)
         self.partial = functools.partial(_scale, by=2.0)
-        self.deep = SimpleNamespace(a=SimpleNamespace(b=SimpleNamespace(c=SimpleNamespace(d=2.0))))
+        self.deep = SimpleNamespace(a=SimpleNamespace(b=SimpleNamespace(c=_nested(4, d=2.0))))
         self.unregistered = [nn.Linear(4, 4)]
         self.how = ""
 
@@ -137,7 +145,7 @@ class Block(Base):
         if how == "has":
             return x * 3 if hasattr(self.config, "late") else x * 1
         if how == "deep":
-            return x * self.deep.a.b.c.d
+            return x * self.deep.a.b.c.below.below.below.below.d
         return self.unregistered[0](x)
 
 
@@ -183,7 +191,7 @@ CASES: dict[str, tuple[str, Callable[[Block, Patch], Any], str, str]] = {
     "property": ("property", lambda b, p: p.setattr(Config, "hidden", property(lambda c: 9.0)), "check", "hidden"),
     "count of a configuration": ("rank", lambda b, p: p.setattr(Config, "rank", 9), "check", "rank"),
     "attribute that was absent": ("has", lambda b, p: setattr(b.config, "late", 1), "check", "config"),
-    "deep object": ("deep", lambda b, p: setattr(b.deep.a.b.c, "d", 9.0), "check", "deep"),
+    "deep object": ("deep", lambda b, p: setattr(b.deep.a.b.c.below.below.below.below, "d", 9.0), "check", "deep"),
     "module in a list": ("modules", lambda b, p: b.unregistered.__setitem__(0, nn.Linear(4, 4)), "fingerprint", "ed"),
     "weight of it": ("modules", lambda b, p: setattr(b.unregistered[0], "weight", _ones()), "check", "weight"),
 }

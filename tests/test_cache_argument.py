@@ -94,6 +94,7 @@ class _RenamedForCausalLM(LlamaForCausalLM):
         self.model = _Renamed(config)
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["memory", "by position", "past_key_values"])
 @torch.no_grad()
 def test_a_decoder_of_another_release(name: str) -> None:

@@ -104,17 +104,21 @@ def test_a_flag_that_depends_on_a_size_is_not_frozen() -> None:
 
 
 @pytest.mark.parametrize(
-    "result",
-    [lambda y, x: (y, 3), lambda y, x: (y, x.shape[0]), lambda y, x: (y, object())],
+    ("result", "reason"),
+    [
+        (lambda y, x: (y, 3), "forward returns a"),
+        (lambda y, x: (y, x.shape[0]), "forward returns a"),
+        (lambda y, x: (y, object()), "object cannot be traced"),
+    ],
     ids=["int", "size", "object"],
 )
-def test_what_no_graph_can_return_runs_eager(result: Callable[..., Any]) -> None:
+def test_what_no_graph_can_return_runs_eager(result: Callable[..., Any], reason: str) -> None:
     """Numbers and objects in a result: eager, with the type in the reason."""
     ours = region(Returns(result))
-    with falls_back("forward returns a"):
+    with falls_back(reason):
         for n in (3, 5):
             assert torch.equal(ours(torch.ones(n, 3))[0], torch.ones(n, 3))
-    assert ours.eager_calls == 2 and ours.graphs == 0 and "forward returns a" in str(ours.fallback)
+    assert ours.eager_calls == 2 and ours.graphs == 0 and reason in str(ours.fallback)
 
 
 class Wrong:

@@ -11,7 +11,6 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -135,14 +134,18 @@ def _run(module: torch.nn.Module, values: Mapping[str, Any], token: dict[str, An
     name = cache_name(inspect.unwrap(type(module).forward))
     try:
         call = {"inputs_embeds": embeds[:, :1].clone(), **token, name: cache, "use_cache": True}
-        probed(module, partial(module.forward, **call), gradients=True)
+        _probe(module, call, cache)
     except NotCompilable:
         raise
     except Exception:
         cache = new()
         call = {**values, "inputs_embeds": embeds.clone(), name: cache, "use_cache": True}
-        probed(module, partial(module.forward, **call), gradients=True)
+        _probe(module, call, cache)
     return cache
+
+
+def _probe(module: torch.nn.Module, call: Mapping[str, Any], cache: Cache) -> None:
+    probed(module, lambda: module.forward(**call), owned=[cache], gradients=True)
 
 
 def _pair() -> EncoderDecoderCache:

@@ -280,7 +280,7 @@ class DecoderBinder:
         cache = cache_layers.fresh_cache(self.config, call.get("encoder_hidden_states") is not None)
         values = {**call, self.cache_name: cache, "use_cache": True}
         self._own_names(values, by_ids=bool(self.by_ids))
-        probed(module, lambda: module.forward(**values))
+        probed(module, lambda: module.forward(**values), owned=[cache])
         own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         return cache_layers.layer_shapes(own, self.ids.first)
 

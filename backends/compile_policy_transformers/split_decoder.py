@@ -102,7 +102,8 @@ class SplitDecoderBinder(DecoderBinder):
             return super()._shapes_after(module, call)
         cache = cache_layers.fresh_cache(self.config, False)
         given = {name: value for name, value in call.items() if name != "inputs_embeds"}  # made of the tokens again
-        probed(module, lambda: module.forward(**{**given, self.cache_name: cache, "use_cache": True}))
+        given |= {self.cache_name: cache, "use_cache": True}
+        probed(module, lambda: module.forward(**given), owned=[cache])
         return cache_layers.layer_shapes(cache)
 
     def _check(self, values: dict[str, Any]) -> None:
