@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from falling import falls_back
 from torch import nn
 
 from compile_policy import compat
@@ -137,7 +138,7 @@ def test_a_component_that_does_not_fit_is_refused(saved: tuple[Region, list[Even
 @torch.no_grad()
 @pytest.mark.parametrize("name", [ENTRY, READABLE, "package-0.pt2"])
 def test_what_cannot_be_used_is_compiled_again(store: Store, saved: tuple[Region, list[Event]], name: str) -> None:
-    """A verified artifact that is nonsense all the same: a miss with the reason, the artifact set aside."""
+    """A verified artifact that is nonsense all the same: a miss with the reason, and the next one takes its place."""
     region = saved[0]
     call = region.bind((torch.rand(3, 4),), {})
     shelf = region_for(Scales(), store).shelf
@@ -157,7 +158,8 @@ def test_what_cannot_be_used_is_compiled_again(store: Store, saved: tuple[Region
     with listening(heard.append):
         assert place.load() is None
     assert heard[-1].kind == "miss" and heard[-1].data["reason"]
-    assert isinstance(store.load(key), Miss), "set aside"
+    assert not isinstance(store.load(key), Miss), "what a start cannot use may be good for another"
+    store.remove(key.digest)
     store.save(key, good.files, good.meta)
     assert place.load() is not None
 
@@ -190,7 +192,8 @@ def test_load_only_compiles_nothing(store: Store, saved: tuple[Region, list[Even
     region.options = replace(region.options, load_only=True)
     x = torch.rand(3, 4)
     region(x)
-    torch.testing.assert_close(region(x, twice=True), region.module.forward(x, twice=True))
+    with falls_back("the store has no entry for this call"):
+        torch.testing.assert_close(region(x, twice=True), region.module.forward(x, twice=True))
     assert (region.graphs, region.loaded, region.eager_calls) == (0, 1, 1)
     assert not region.refused
 
