@@ -70,6 +70,10 @@ def _features(model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor
     return found[0] if isinstance(found, (tuple, list)) else found
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="Transformers 5.24 makes the number of merged tokens in Kimi's layout function: the tower runs eager, loudly",
+)
 def test_frames_have_a_dim_of_their_own() -> None:
     """Kimi's tower pools over time, with the frames as a dim of its layout: pictures and videos share a graph."""
     model = tiny_model("kimi_k25")
