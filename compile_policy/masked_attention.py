@@ -15,6 +15,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 _LIBRARY = torch.library.Library("compile_policy", "FRAGMENT")
 _NAME = "masked_attention"
+#: A mark is one element at this place of a storage of this size, expanded. Models expand masks of one element too:
+#: the place tells them apart. It is a multiple of what kernels want inputs aligned to.
+_PLACE, _SIZE = 64, 81
 
 
 def causal_mark(batch: int, queries: int, keys: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -22,14 +25,15 @@ def causal_mark(batch: int, queries: int, keys: int, device: torch.device | str 
 
     One closed element, expanded. Read as a mask it would hide everything, so it is no mask that a caller may mean.
     """
-    return torch.zeros((), dtype=torch.bool, device=device).expand(batch, 1, queries, keys)
+    return torch.zeros(_SIZE, dtype=torch.bool, device=device)[_PLACE].expand(batch, 1, queries, keys)
 
 
 def is_causal_mark(mask: torch.Tensor) -> bool:
     """True if ``mask`` comes from `causal_mark`: recognised by its layout, without reading its value."""
     if mask.dtype is not torch.bool or mask.dim() != 4 or mask.numel() < 2:
         return False
-    return not any(mask.stride()[2:]) and mask.untyped_storage().nbytes() == 1
+    layout = (mask.storage_offset(), mask.untyped_storage().nbytes())
+    return layout == (_PLACE, _SIZE) and not any(mask.stride()[2:])
 
 
 def dense(mask: torch.Tensor) -> torch.Tensor:

@@ -51,8 +51,10 @@ def test_a_mark_means_the_causal_mask(queries: int, keys: int, kv_heads: int) ->
         torch.zeros(1, 1, 1, 1).expand(1, 1, 4, 4),
         torch.zeros(3, dtype=torch.bool)[:1].expand(1, 1, 4, 4),
         torch.zeros(1, 1, 1, 1, dtype=torch.bool),
+        torch.ones((), dtype=torch.bool).expand(2, 1, 4, 4),
+        torch.zeros(64 + 17, dtype=torch.bool)[:64].view(1, 1, 8, 8),
     ],
-    ids=["closed", "expanded rows", "numbers", "part of a tensor", "one element"],
+    ids=["closed", "expanded rows", "numbers", "part of a tensor", "one element", "all open", "as large"],
 )
 def test_no_other_mask_is_a_mark(mask: torch.Tensor) -> None:
     assert not is_causal_mark(mask)
