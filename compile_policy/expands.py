@@ -30,10 +30,16 @@ def expands_where_it_differs(origin: str) -> bool:
 
 
 def _files(end: str) -> Iterator[str]:
-    """Loaded modules whose file's name ends like this: torch leaves out where a package lies."""
+    """Loaded modules whose file's name ends like this: torch leaves out where a package lies.
+
+    Where torch and the file have the root directory in common alone, torch cuts one character more.
+    """
     for module in [*sys.modules.values()]:
         file = getattr(module, "__file__", None)
-        if isinstance(file, str) and (file == end or file.endswith(f"/{end}")):
+        if not isinstance(file, str) or not file.endswith(end):
+            continue
+        left_out = file.removesuffix(end)
+        if not left_out or left_out.endswith("/") or len(left_out) == 2:
             yield file
 
 

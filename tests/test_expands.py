@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import linecache
+import sys
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 
+from compile_policy.expands import expands_where_it_differs
 from compile_policy.region import Region, RegionOptions, SignatureBinder
 
 
@@ -85,3 +89,15 @@ def test_one_row_shares_the_graph_where_expanding_is_all(
             assert got.shape == want.shape
             assert torch.equal(got, want)
     assert (region.graphs, region.eager_calls) == (graphs, 0)
+
+
+@pytest.mark.parametrize(("cut", "found"), [(0, True), (1, True), (2, True), (len("/of_nobody/"), True), (3, False)])
+def test_the_file_is_found_wherever_torch_cuts_its_name(monkeypatch: pytest.MonkeyPatch, cut: int, found: bool) -> None:
+    """Torch leaves out the directories in common with its own; of the root alone, one character more."""
+    file = "/of_nobody/expanding.py"
+    module = ModuleType("expanding")
+    module.__file__ = file
+    monkeypatch.setitem(sys.modules, "expanding", module)
+    lines = ["if p.shape[0] != rows:\n", "    p = p.expand(rows, -1)\n"]
+    monkeypatch.setitem(linecache.cache, file, (sum(map(len, lines)), None, lines, file))
+    assert expands_where_it_differs(f"{lines[0].strip()}  # {file[cut:]}:1 in first") is found

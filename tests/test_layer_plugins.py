@@ -206,6 +206,8 @@ def _digest(path: Path) -> str:
 
 def layers_ls(folder: Path, *words: str) -> str:
     code = f"""
+        import warnings
+        warnings.filterwarnings("default", "The layer plug-in 'broken-heads' of broken-heads 1.2 failed")
         from compile_policy.cli.layers import app
         from compile_policy.cli.session import Session
         from compile_policy.cli.terminal import Terminal

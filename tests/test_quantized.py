@@ -20,9 +20,10 @@ class Rounded(nn.Parameter):
 
 
 def test_tolerances_know_quantized_weights() -> None:
-    """Wider for tensors of another class and for bytes, unchanged for floating point and flags."""
+    """Wider for tensors of another class and for bytes, that of its products for floating point and flags."""
     plain = nn.Linear(2, 2)
-    assert tolerances(plain) is TOLERANCE
+    assert tolerances(plain) == {**TOLERANCE, torch.float64: TOLERANCE[torch.float32]}
+    assert tolerances(nn.Linear(2, 2).double()) == TOLERANCE
     other, whole = nn.Linear(2, 2), nn.Linear(2, 2)
     other.weight = Rounded(torch.zeros(2, 2))
     whole.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)

@@ -125,7 +125,9 @@ def test_a_change_of_the_call_is_named(model: ModuleType) -> None:
     net = model.Net(SimpleNamespace(eps=0.0))
     before = factors(net)
     assert changed(before, factors(net, torch.ones(7, 4))) == set(), "a dynamic size"
-    assert changed(before, factors(net, flag=True)) == {"argument.flag"}
+    given = factors(net, flag=True)
+    assert changed(before, given) == {"argument.flag", "value.flag"}
+    assert changed(given, factors(net, flag=False)) == {"value.flag"}, "of the same class"
     assert changed(before, factors(net, torch.ones(3, 4).double())) == {"tensors.x"}
     assert changed(before, factors(net, dims={0: None, 1: None})) == {"tensors.x", "dynamic dims"}
     assert changed(before, factors(net, options={"backend": "inductor", "autotune": True})) == {"option.autotune"}
