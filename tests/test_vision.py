@@ -72,7 +72,7 @@ def _features(model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor
 
 @pytest.mark.xfail(
     strict=True,
-    reason="Transformers 5.24 makes the number of merged tokens in Kimi's layout function: the tower runs eager, loudly",
+    reason="Transformers 5.24 counts merged tokens in Kimi's layout function: the tower runs eager, loudly",
 )
 def test_frames_have_a_dim_of_their_own() -> None:
     """Kimi's tower pools over time, with the frames as a dim of its layout: pictures and videos share a graph."""
