@@ -56,4 +56,8 @@ if not TYPE_CHECKING:  # a checker would let any name pass where there is a `__g
             ),
         },
         over_modules=("plan",),
+        beside={  # a profiler gets names of whatever the policy is applied to
+            "compile_policy.applied": "compile_policy.trace",
+            "compile_policy.decorators": "compile_policy.trace",
+        },
     )

@@ -63,10 +63,14 @@ class BudgetExceeded(RuntimeError):
 
 
 class NotCompilable(Exception):
-    """Internal: a call or a component has to run eager; ``reason`` and ``remedy`` are for the report."""
+    """Internal: a call or a component has to run eager; ``reason`` and ``remedy`` are for the report.
 
-    def __init__(self, reason: str, *, remedy: str = "") -> None:
+    Several reasons ``about`` one cause (a class that is refused at each step for what it does there) are told once.
+    """
+
+    def __init__(self, reason: str, *, remedy: str = "", about: str = "") -> None:
         super().__init__(reason)
+        self.about = about
         self.reason = reason
         self.remedy = remedy
         #: Numbers of the arguments without tensors that were read, where a trace has shown it.

@@ -14,15 +14,16 @@ OTHERS = "other reasons"
 class Fallbacks:
     """The fallbacks of one component.
 
-    Two reasons that differ in numbers only (an error, a size) are one.
+    Two reasons that differ in numbers only (an error, a size) are one; several about one cause are told once.
     """
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
         self._first: dict[str, str] = {}  # reason without numbers -> the reason as it came first
+        self._causes: set[str] = set()
 
-    def add(self, reason: str) -> bool:
-        """Count one call; ``True`` when it is the first for this reason."""
+    def add(self, reason: str, about: str = "") -> bool:
+        """Count one call; ``True`` when it is to be told: the first for this reason, and for the cause it is about."""
         kind = _NUMBER.sub("#", reason)
         first = kind not in self._first
         if first and len(self._first) >= MOST:
@@ -30,7 +31,10 @@ class Fallbacks:
             first = kind not in self._first
         told = self._first.setdefault(kind, reason)
         self._counts[told] = self._counts.get(told, 0) + 1
-        return first
+        told_already = about in self._causes
+        if about:
+            self._causes.add(about)
+        return first and not told_already
 
     def counts(self) -> Mapping[str, int]:
         """Reason, as it came first -> how many calls."""

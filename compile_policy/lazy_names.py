@@ -13,7 +13,11 @@ from typing import Any
 
 
 def lazy_names(
-    package: str, homes: Mapping[str, str], *, over_modules: Sequence[str] = ()
+    package: str,
+    homes: Mapping[str, str],
+    *,
+    over_modules: Sequence[str] = (),
+    beside: Mapping[str, str] | None = None,
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Return ``(__getattr__, __dir__)`` of a package whose names are imported on first use.
 
@@ -22,6 +26,7 @@ def lazy_names(
         homes: public name -> module that defines it. A name that is a module itself is its own home.
         over_modules: public names that modules of the package have too. Importing a module sets its name in the
             package, once; these modules are imported now and their names removed, so that the public name is found.
+        beside: home -> module that is imported with it, because it registers itself with one above.
     """
     for name in over_modules:
         importlib.import_module(f"{package}.{name}")
@@ -32,6 +37,8 @@ def lazy_names(
         if home is None:
             raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name)
         value: Any = importlib.import_module(home)
+        if beside is not None and home in beside:
+            importlib.import_module(beside[home])
         if home != f"{package}.{name}":
             value = getattr(value, name)
         vars(sys.modules[package])[name] = value  # the next access is a plain lookup

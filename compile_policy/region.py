@@ -255,7 +255,7 @@ class Region(ProvedEntries):
             found = Failure(cause=why.reason)
         if found.error and not isinstance(why, PassingObstacle):
             self.failures[why.reason] = found
-        first = self.fallbacks.add(why.reason)
+        first = self.fallbacks.add(why.reason, why.about)
         self.fallback, self.remedy = why.reason, why.remedy or found.remedy or ORDINARY_REMEDY
         if first:
             data = {"reason": why.reason, "remedy": self.remedy, **found.data()}

@@ -96,4 +96,5 @@ def refused(layer: Any, what: str) -> NotCompilable:
     return NotCompilable(
         f"the cache has a {name} ({where}), which {what}: no graph serves that yet",
         remedy="Give a cache whose layers are Transformers' own (DynamicCache, StaticCache), or use_cache=False.",
+        about=f"cache layer {type(layer).__module__}.{type(layer).__qualname__}",
     )

@@ -10,6 +10,7 @@ looked at, so that one which computes with states (quantizes, rotates, drops tho
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -224,7 +225,7 @@ def _check_one(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
             with torch.no_grad(), _OnlyMoves():
                 if early:
                     initialise_layer(twin, states[0][:, :, :0].clone(), states[1][:, :, :0].clone())
-                seen = [t.clone() for t in twin.update(*[t.clone() for t in states])]
+                seen = [t.clone() for t in _updated(twin, [t.clone() for t in states])]
         except NotCompilable as why:
             raise refused(layer, why.reason) from None
         except Exception as error:
@@ -258,7 +259,7 @@ def _asked(layer: Any, held: Sequence[Block], rows: tuple[int, int], dims: tuple
     states = [_repeated(torch.arange(first, first + new, dtype=_NUMBERS), rows, dim) for dim in dims]
     try:
         with torch.no_grad(), _OnlyMoves():
-            seen = twin.update(*states)
+            seen = _updated(twin, states)
     except NotCompilable as why:
         raise refused(layer, why.reason) from None
     except Exception as error:  # what is wrong with the call itself, eager says too
@@ -272,6 +273,24 @@ def _asked(layer: Any, held: Sequence[Block], rows: tuple[int, int], dims: tuple
     written = zip(after, memory, held, strict=True)
     in_place = tuple(compat.storage_of(a.keys) == m and a.views == h.views for a, m, h in written)
     return Moves(index, kept, twin, in_place)
+
+
+class _Unread(dict[str, Any]):
+    """Arguments of attention that a layer may hand on, but not look at: a graph does not ask it again."""
+
+    def _read(self, *_: Any, **__: Any) -> Any:
+        raise NotCompilable("reads the arguments of attention")
+
+    __getitem__ = __contains__ = __iter__ = __len__ = _read
+    get = items = keys = values = pop = copy = _read
+
+
+def _updated(twin: Any, states: Sequence[torch.Tensor]) -> Any:
+    """What attention sees after an update, called as attention calls it since Transformers 5.24 where it may be."""
+    takes = inspect.signature(twin.update).parameters.values()
+    if any(p.name == "kwargs" or p.kind is p.VAR_KEYWORD for p in takes):
+        return twin.update(*states, kwargs=_Unread())
+    return twin.update(*states)
 
 
 def _repeated(numbers: torch.Tensor, rows: tuple[int, int], dim: int) -> torch.Tensor:
