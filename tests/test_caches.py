@@ -126,7 +126,7 @@ def test_float_sliding_mask() -> None:
 
 
 def test_refused_caches() -> None:
-    """A cache that is offloaded, that records its past, or that has layers of an unknown kind is refused by name."""
+    """A cache that is offloaded, or that has layers of an unknown kind, is refused by name."""
     config = _text_config("gemma3")
     shapes = [cache_layers.LayerShape(torch.empty(1, 2, 0, 4), torch.empty(1, 2, 0, 4)) for _ in config.layer_types]
     states = [torch.zeros(1, 2, 1, 4) for _ in config.layer_types]
@@ -147,7 +147,6 @@ def test_refused_caches() -> None:
         cache.layers[0] = Odd()
 
     assert "offloaded" in refusal(lambda cache: setattr(cache, "offloading", True))
-    assert "records past" in refusal(lambda cache: [setattr(x, "record_past", True) for x in cache.layers])
     assert "Odd" in refusal(odd)
 
 
@@ -335,17 +334,22 @@ def test_a_cache_can_be_reset_and_used_again(models: dict[str, PreTrainedModel])
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3"])
 def test_copied_caches(models: dict[str, PreTrainedModel], model_type: str) -> None:
-    """A cache that came out of a graph can be copied, and both copies go on by themselves."""
+    """A cache that came out of a graph can be copied, and all copies go on by themselves.
+
+    The first call of a form may be the component's own, which the graph's differ from by rounding.
+    """
     model = models[model_type]
     ids = tiny_inputs(model, text_len=18)["input_ids"]
     for kind in KINDS:
         cache = _new_cache(kind, model.config.get_text_config())
         with torch.no_grad():
             model(input_ids=ids, past_key_values=cache)
-            other = copy.deepcopy(cache)
+            other, third = copy.deepcopy(cache), copy.deepcopy(cache)
             first = model(input_ids=ids[:, :3], past_key_values=cache).logits
             second = model(input_ids=ids[:, :3], past_key_values=other).logits
-        assert torch.equal(first, second)
+            again = model(input_ids=ids[:, :3], past_key_values=third).logits
+        torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
+        assert torch.equal(second, again)
 
 
 def test_a_changed_mask_counts_in_mid_sequence(models: dict[str, PreTrainedModel]) -> None:
