@@ -23,7 +23,7 @@ class Stopped(Exception):
 
 def raised_by_the_code(error: BaseException) -> bool:
     """True if the traced code itself raised, so that an eager run on the same arguments would raise too."""
-    return isinstance(error, Unsupported) and str(error).lstrip().startswith("Observed exception")
+    return isinstance(error, Unsupported) and "Your code may result in an error when running in eager" in str(error)
 
 
 def stop_and_note(effects: list[str], owned: tuple[str, ...] = ()) -> Callable[..., Any]:

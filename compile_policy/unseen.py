@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from compile_policy.compat import original_error
+from compile_policy.compat_effects import raised_by_the_code
 from compile_policy.effects import ChangesItself, effects_of
 from compile_policy.errors import NotCompilable, first_line
 from compile_policy.failure import failure_of
@@ -25,6 +26,10 @@ from compile_policy.stand_ins import StandIns
 from compile_policy.walk import hooked_below
 
 R = TypeVar("R")
+
+
+class DoesNotRun(Exception):
+    """A part of a component raises for the made-up arguments of a probe."""
 
 
 class Unseen:
@@ -126,6 +131,7 @@ def probed(
     own: Iterable[torch.Tensor] = (),
     *,
     owned: Sequence[object] = (),
+    before: Callable[[], object] = lambda: None,
     gradients: bool = False,
 ) -> R:
     """The result of ``run``, which calls parts of ``module`` with made-up arguments, unnoticed.
@@ -134,16 +140,19 @@ def probed(
         own: tensors made for the run, which it may write into.
         owned: other objects made for the run, which it may change: what ``run`` closes over, or items of a dict that
             it closes over.
+        before: is called before the run, and is no part of what is traced.
         gradients: the result is used, so that gradients go back through it.
 
     Raises:
         NotCompilable: it cannot be kept unnoticed.
+        DoesNotRun: the user's code raises for these arguments, as its trace shows.
     """
     with unseen(module) as made:
         made.stand_ins.allow(own)
         if made.users:
             _refuse_probe(run, module, made.users, owned)
         with made.stand_ins, torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
+            before()
             return run()
 
 
@@ -153,6 +162,8 @@ def _refuse_probe(run: Callable[[], Any], module: torch.nn.Module, users: str, o
     except NotCompilable:
         raise
     except Exception as error:
+        if raised_by_the_code(error):
+            raise DoesNotRun(first_line(error)) from error
         fault = NotCompilable("")
         fault.__cause__ = original_error(error)
         found = failure_of(fault)

@@ -167,6 +167,10 @@ class LooksUp(ScalesItsOwn):
         return self.embed_tokens(ids) * (1 + torch.tanh(ids[..., None] / 9))
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="a decoder of the user's that branches on values cannot be traced, and is not run on made-up ids: eager",
+)
 def test_ids_of_a_decoder_that_looks_up_what_embeddings_are_of() -> None:
     """Made-up embeddings are none that it takes; a graph of ids needs none."""
     model: Any = model_with(LooksUp)

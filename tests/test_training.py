@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch._inductor.config as inductor_config
+from falling import falls_back
 from peft import LoraConfig, get_peft_model
 from training_steps import apply, assert_equal, decoder, differs, ids, loss_of, small, step, steps
 
@@ -87,7 +88,8 @@ def test_a_backward_that_holds_for_the_traced_size_alone_is_refused(monkeypatch:
     model = small()
     want = steps(model, SIZES[:2], use_cache=False)
     apply(model, "eager")
-    assert_equal(steps(model, SIZES[:2], use_cache=False), want)
+    with falls_back("differs from eager by 0.01"):
+        assert_equal(steps(model, SIZES[:2], use_cache=False), want)
     report = decoder(model)
     assert report.eager_calls == 2
     assert report.fallback is not None and "differs from eager by 0.01" in report.fallback

@@ -10,7 +10,7 @@ import torch
 
 from compile_policy.random_state import seed_for_comparison
 from compile_policy.reference import relative_error
-from compile_policy.unseen import probed
+from compile_policy.unseen import DoesNotRun, probed
 from compile_policy_transformers.decoder_rules import DecoderRule
 from compile_policy_transformers.known_code import tree_of
 
@@ -131,7 +131,6 @@ def _run(decoder: Any, *, embedded: float) -> torch.Tensor | None:
 
     def run() -> torch.Tensor | None:
         try:
-            seed_for_comparison()  # of dropout, while it is trained
             embeds = decoder.get_input_embeddings()(ids) * embedded if embedded else None
             call = {IDS: ids} if embeds is None else {"inputs_embeds": embeds}
             out: torch.Tensor = decoder.forward(**call, use_cache=False)[0]
@@ -139,4 +138,7 @@ def _run(decoder: Any, *, embedded: float) -> torch.Tensor | None:
             return None
         return out
 
-    return probed(decoder, run)
+    try:
+        return probed(decoder, run, before=seed_for_comparison)  # of dropout, while it is trained
+    except DoesNotRun:
+        return None

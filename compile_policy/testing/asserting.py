@@ -17,6 +17,7 @@ from compile_policy.graphs.source import model_source, op_name
 from compile_policy.region import Region
 from compile_policy.shapes import DimSpec, normalise
 from compile_policy.testing.captured import Captured
+from compile_policy.testing.limits import told_by_assertion
 
 Call = Callable[[Any, Any], Any]
 
@@ -47,7 +48,7 @@ def assert_compiles_once(
     Raises:
         AssertionError: names the line that cannot be compiled, or the argument that needed another graph.
     """
-    with _policed(model, component, config, dynamic_arg_dims):
+    with told_by_assertion(), _policed(model, component, config, dynamic_arg_dims):
         for region in _run(model, inputs, component, call):
             _check_once(model, region)
 
@@ -66,7 +67,7 @@ def capture(
     Raises:
         AssertionError: there is no graph, or there are several; the message names the line or the argument.
     """
-    with _policed(model, component, config, dynamic_arg_dims):
+    with told_by_assertion(), _policed(model, component, config, dynamic_arg_dims):
         found = _run(model, inputs, component, call)
         names = ", ".join(region.name for region in found)
         assert len(found) == 1, f"{len(found)} components are compiled ({names}); name one of them"
