@@ -178,6 +178,15 @@ def test_module_without_a_decoder() -> None:
     assert [f.role for f in find_components(nn.Sequential(nn.Linear(2, 2)))] == ["projector"]
 
 
+class _Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(2, 2)])
+
+    def forward(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        return self.layers[0](inputs_embeds)  # type: ignore[no-any-return]
+
+
 class _AnswersItsBody(nn.Module):
     """``get_encoder`` answers the body that also holds the language model."""
 
@@ -186,8 +195,10 @@ class _AnswersItsBody(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Module()
-        self.body.decoder = nn.Module()
-        self.body.decoder.layers = nn.ModuleList([nn.Linear(2, 2)])
+        self.body.decoder = _Layers()
+
+    def can_generate(self) -> bool:
+        return True
 
     def get_decoder(self) -> nn.Module:
         return self.body.get_submodule("decoder")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from falling import falls_back
 from torch import nn
 from torch.nn.modules import module as registration
 
@@ -97,7 +98,8 @@ def test_a_hook_that_comes_or_goes_within_a_sequence_is_seen() -> None:
     ours = region(model)
     plain = ours(x)
     handle = model.linear.register_forward_hook(lambda m, a, r: r + 1)
-    hooked = ours(x)
+    with falls_back("linear has a hook"):
+        hooked = ours(x)
     assert torch.equal(hooked, model.forward(x)) and not torch.equal(hooked, plain)
     assert (ours.graphs, ours.eager_calls, ours.fallback) == (1, 1, "linear has a hook")
     handle.remove()
