@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +18,13 @@ SHORT = sorted(p.relative_to(EXAMPLES).as_posix() for p in EXAMPLES.rglob("*.py"
 
 
 def _main(name: str) -> Any:
-    return runpy.run_path(str(EXAMPLES / name))["main"]
+    path = EXAMPLES / name
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # as a script's module is: Dynamo looks a global up by the module's name
+    spec.loader.exec_module(module)
+    return module.main
 
 
 def test_the_examples_are_there() -> None:
