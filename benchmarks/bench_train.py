@@ -6,7 +6,7 @@
 A step is forward, backward and SGD on one batch. Every contender has its own copy of one random Llama and the same
 batches; rounds are interleaved, so that a machine that slows down slows all of them. A first pass over 12 batches of
 mixed sizes compiles whatever a contender compiles, with an evaluation after every third, and counts the graphs; it is
-not timed. Each case (full fine-tuning or LoRA, with checkpointing or without) is measured in a process of its own, and
+not timed. Each case (full fine-tuning or LoRA, with checkpointing or without) is measured in a separate process, and
 so is the peak of memory of each contender: the highest resident size that the kernel sees, less that before the step.
 """
 
@@ -216,7 +216,7 @@ def _resident(name: str) -> int:
 
 
 def apart(options: argparse.Namespace, *more: str) -> Any:
-    """What this script says as JSON in a process of its own, with empty compile caches."""
+    """What this script says as JSON in a separate process, with empty compile caches."""
     sizes = ["--layers", str(options.layers), "--hidden", str(options.hidden), "--rounds", str(options.rounds)]
     command = [sys.executable, __file__, *sizes, "--ways", options.ways, *more]
     with tempfile.TemporaryDirectory() as caches:

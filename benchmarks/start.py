@@ -2,7 +2,7 @@
 
     python benchmarks/start.py [--layers 8 16 32] [--hidden 256] [--tokens 8] [--only NAME ...] [--limit 120] [--write]
 
-Every contender compiles one random Llama in a process of its own, with empty compile caches and one thread, and then
+Every contender compiles one random Llama in a separate process, with empty compile caches and one thread, and then
 answers three prompts of different lengths. Counted is the processor time of that process and of every compiler that it
 started, less what the same answers cost eager; importing torch and building the model are not counted. The last column
 is the cost of the deepest model as a multiple of the cost of the shallowest. A start that takes longer than the limit
@@ -83,7 +83,7 @@ def one(name: str, layers: int, hidden: int, tokens: int) -> dict[str, float | b
 
 
 def started_cold(name: str, layers: int, hidden: int, tokens: int, limit: float) -> dict[str, float] | None:
-    """Start one contender in a process of its own; ``None`` where it takes too long."""
+    """Start one contender in a separate process; ``None`` where it takes too long."""
     with tempfile.TemporaryDirectory() as empty:
         environ = {
             **os.environ,

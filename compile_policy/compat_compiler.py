@@ -40,7 +40,7 @@ class _Limited:
         text = kwargs.pop("input", None)
         if kwargs.pop("capture_output", False):
             kwargs |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        # A group of its own, so that what a compiler's driver has started ends with it.
+        # A separate process group, so that what a compiler's driver has started ends with it.
         with subprocess.Popen(*args, start_new_session=True, **kwargs) as process:
             try:
                 out, err = process.communicate(text, timeout=limit)

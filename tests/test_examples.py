@@ -69,7 +69,7 @@ def test_several_pictures(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT)
 def test_examples_as_written(name: str, tmp_path: Path) -> None:
-    """Each example runs in a process of its own, with the settings it has."""
+    """Each example runs in a separate process, with the settings it has."""
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name)], cwd=tmp_path, capture_output=True, text=True, timeout=500
     )

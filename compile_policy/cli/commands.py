@@ -17,7 +17,7 @@ class Command(NamedTuple):
 
     Attributes:
         home: ``module:name`` of the function, or of the ``typer.Typer`` of a group.
-        help: what the list of commands says; the first paragraph of its own help.
+        help: what the list of commands says; the first paragraph of its help.
     """
 
     home: str

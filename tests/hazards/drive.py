@@ -51,7 +51,7 @@ class Run:
 
 
 def drive(architecture: str, way: Way, hazards: Sequence[Hazard]) -> dict[str, Run]:
-    """Run each hazard in a process of its own; those that begin with the same first call share it."""
+    """Run each hazard in a separate process; those that begin with the same first call share it."""
     found: dict[str, Run] = {}
     for group in _with_the_same_first_call(h for h in hazards if not h.only or architecture in h.only):
 

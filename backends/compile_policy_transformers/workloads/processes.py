@@ -28,7 +28,7 @@ def two_processes(trial: Trial) -> None:
 
 
 def ranks(trial: Trial) -> None:
-    """Two ranks on gloo, each with batches of its own sizes; gradients are means of both."""
+    """Two ranks on gloo, each with other batch sizes; gradients are means of both."""
     _run(trial, 2, _train_rank, "ranks")
 
 
