@@ -28,11 +28,11 @@ from compile_policy_transformers.tiny import tiny_inputs, tiny_model
 
 #: In this order, so that a part of them is still a choice.
 ARCHITECTURES = (
-    *("llama", "qwen3_5", "gemma3", "whisper", "mamba2", "qwen2_5_vl"),
+    *("llama", "qwen3_5", "gemma3", "voxtral", "mamba2", "qwen2_5_vl"),
     *("jamba", "gpt2", "mixtral", "bloom", "deepseek_v3", "evolla"),
 )
 _PICTURES = {"gemma3", "qwen3_5", "qwen2_5_vl"}
-_SOUNDS = {"whisper"}
+_SOUNDS = {"voxtral"}
 _SIZES = ((9, 1), (14, 2))
 _CACHES = (None, "static")
 _TOLERANCE = 1e-3
