@@ -9,7 +9,7 @@ import pytest
 import torch
 from falling import falls_back
 
-from compile_policy import CompilationConfig, apply, load_model
+from compile_policy import CompilationConfig, apply, load_model, plan
 from compile_policy.applied import regions
 from compile_policy.cli import main
 from compile_policy.errors import ConfigError
@@ -96,3 +96,12 @@ def test_a_hook_of_accelerate_is_named(place: str, named: str) -> None:
     apply(model, CompilationConfig(backend="eager"))
     model(**inputs)
     assert (regions(model)[0].eager_calls, regions(model)[0].graphs) == (0, 1)
+
+
+@pytest.mark.parametrize("chosen", ["eager", "sdpa"])
+def test_the_plan_says_what_computes_attention(chosen: str) -> None:
+    """Where it is another implementation than the one that the user chose, and only there."""
+    model = tiny_model("llama")
+    model.set_attn_implementation(chosen)
+    (decoder,) = [c for c in plan(model).components if c.role == "decoder"]
+    assert ("attention 'eager' is computed by SDPA" in decoder.reason) == (chosen == "eager")

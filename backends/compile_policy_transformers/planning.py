@@ -13,7 +13,7 @@ from compile_policy.errors import UnsupportedModelError
 from compile_policy.layers.registry import layer_notes
 from compile_policy.plan import Component, Decision, Plan
 
-from . import compat
+from . import attention, compat
 from .base import find_components
 from .components import Found
 from .forward_parts import parts_of
@@ -99,12 +99,21 @@ def _eager(found: Found, obstacle: Obstacle) -> tuple[Decision, str, str]:
     return "eager", obstacle.reason, obstacle.remedy
 
 
+_BY_SDPA = "; its attention 'eager' is computed by SDPA, which is equal up to rounding"
+
+
+def _chose_eager(decoder: nn.Module) -> bool:
+    """Whether the user chose attention that is written out, where Transformers alone would take SDPA."""
+    return bool(getattr(decoder, "_supports_sdpa", False)) and attention.is_eager(decoder)
+
+
 def _decide(found: Found, config: CompilationConfig) -> tuple[Decision, str, str]:
     if found.role == "decoder":
         obstacle = _decoder_obstacle(found)
         if obstacle is None:
             alone = "" if parts_of(found.module) is None else "; its layers alone, since it calls a model before them"
-            return "compile", f"the language decoder is always compiled{_level(config)}{alone}", ""
+            by_sdpa = _BY_SDPA if _chose_eager(found.module) else ""
+            return "compile", f"the language decoder is always compiled{_level(config)}{alone}{by_sdpa}", ""
         _warn(f"decoder {found.qualname}".strip(), obstacle)
         return "eager", obstacle.reason, obstacle.remedy
     if _is_encoder(found):
