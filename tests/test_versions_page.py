@@ -37,6 +37,11 @@ def test_a_pair_that_does_not_hold_says_why(pair: Any) -> None:
         assert said in text and len(said) > len(NOT_RUN)
 
 
+def test_the_pin_holds() -> None:
+    """The contract of the versions that every test runs on has no problem."""
+    assert problems(PINNED, ROWS) == []
+
+
 def test_problems_are_noticed() -> None:
     """A wrong result, another number of graphs, a call that ran eager and a second start that traces."""
     start = {"equal": True, "graphs": 1, "eager_calls": 0, "loaded": 1, "frames": 0, "fallback": None}

@@ -16,7 +16,7 @@ What holds with each pair of versions: measured by `make test-versions`, never w
 Python 3.11, torch 2.11 and Transformers 5.17; an older one is refused with the command that installs a tested one. A
 newer one than tested is told of once, has to pass a self-test, and is compiled then.
 
-Each environment is a fresh one with only the package's dependencies. There the contract
+Each environment has the package, its dependencies and these versions. There the contract
 (`tests/versions/contract.py`) runs the embedded model through Inductor in two processes on one cache directory, tiny
 architectures with random weights (two sizes, dynamic and static cache, equal to eager within 1e-3; graphs run as
 captured), a recorder (a hook and a buffer), a forward that cannot be compiled, and the self-tests. For a pair that the
