@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from compile_policy.config import CompilationConfig
@@ -35,6 +36,7 @@ from compile_policy_transformers.vision import EncoderBinder, is_grid_tower
 
 use_for_outputs()
 trust_folder(os.path.dirname(__file__))
+trust_folder(os.path.dirname(transformers.__file__))  # a checkout or an editable install lies outside site-packages
 register_reached(attention.chosen_functions)
 explained_by(compat.hook_that_stops)
 # Where a checkpoint is from and what its classes are called: two checkpoints of one architecture run the same graph.
