@@ -100,8 +100,19 @@ def test_a_hook_of_accelerate_is_named(place: str, named: str) -> None:
 
 @pytest.mark.parametrize("chosen", ["eager", "sdpa"])
 def test_the_plan_says_what_computes_attention(chosen: str) -> None:
-    """Where it is another implementation than the one that the user chose, and only there."""
+    """Where it is another implementation than the one that the user chose, and only there; the graph agrees."""
     model = tiny_model("llama")
     model.set_attn_implementation(chosen)
     (decoder,) = [c for c in plan(model).components if c.role == "decoder"]
     assert ("attention 'eager' is computed by SDPA" in decoder.reason) == (chosen == "eager")
+    inputs = tiny_inputs(model, text_len=5)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        apply(model, CompilationConfig(backend="eager"))
+        torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+    (region,) = regions(model)
+    assert region.eager_calls == 0
+    ((entry,),) = region.entries.values()
+    operators = [str(row["op"]) for row in entry.graph.sources]
+    assert "compile_policy.masked_attention.default" in operators  # which calls SDPA
+    assert not [name for name in operators if "softmax" in name]

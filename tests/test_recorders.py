@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import compile_policy as cp
@@ -166,3 +171,19 @@ def test_a_decoder_notes_what_eager_notes(kind: str) -> None:
     assert region is not None and (region.graphs == 1) is (kind == "tensor of a closure"), region.fallback
     torch.testing.assert_close(noted[1][0], noted[0][0])
     assert noted[1][1] == noted[0][1]
+
+
+def test_transformers_in_a_checkout_is_not_the_users_code(tmp_path: Path) -> None:
+    """A checkout or an editable install lies outside site-packages; a module of the user's beside it stays theirs."""
+    (tmp_path / "transformers").symlink_to(Path(transformers.__file__).parent)
+    (tmp_path / "of_the_user.py").write_text("class Model: ...")
+    code = (
+        "import compile_policy_transformers, of_the_user, transformers;"
+        "from compile_policy.reach import is_users;"
+        "print(transformers.__file__, is_users(transformers.LlamaModel), is_users(of_the_user.Model))"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    file, library, users = ran.stdout.split()[-3:]
+    assert Path(file).parent == tmp_path / "transformers" and (library, users) == ("False", "True")
